@@ -1,0 +1,1 @@
+"""lmpipe keeps the KV cache of LLM inference engines alive outside the engine."""
