@@ -1,0 +1,107 @@
+"""Every path below a node's run directory. Knows no content but that small files are replaced whole."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class RunDir:
+    """Every path below a node's run directory."""
+
+    path: Path
+
+    @property
+    def node_json(self) -> Path:
+        """NodeInfo, written last."""
+        return self.path / "node.json"
+
+    @property
+    def supervisor_lock(self) -> Path:
+        """Locked for the supervisor's life; holds its pid as text."""
+        return self.path / "supervisor.lock"
+
+    @property
+    def node_shm(self) -> Path:
+        """The NODE segment."""
+        return self.path / "node.shm"
+
+    @property
+    def arena(self) -> Path:
+        """The DRAM tier's SLOTS segment."""
+        return self.path / "arena.shm"
+
+    def ring(self, stage: str) -> Path:
+        """The SLOTS segment of a stage's transit slots."""
+        return self.path / f"ring.{stage}.shm"
+
+    @property
+    def index(self) -> Path:
+        """Parent of the LMDB environments."""
+        return self.path / "index"
+
+    @property
+    def sessions(self) -> Path:
+        """Session locks and hold segments."""
+        return self.path / "sessions"
+
+    @property
+    def counters(self) -> Path:
+        """Counter segments."""
+        return self.path / "counters"
+
+    def counters_of(self, name: str, pid: int) -> Path:
+        """The counter segment of one process or producer."""
+        return self.counters / f"{name}-{pid}.shm"
+
+    @property
+    def sockets(self) -> Path:
+        """Parent of the ipc sockets."""
+        return self.path / "sockets"
+
+    def socket(self, stage: str, channel: str) -> Path:
+        """The socket file of one channel of a stage."""
+        return self.sockets / f"{stage}.{channel}"
+
+    def endpoint(self, stage: str, channel: str) -> str:
+        """The same as a ZeroMQ address."""
+        return f"ipc://{self.socket(stage, channel)}"
+
+    @property
+    def logs(self) -> Path:
+        """Parent of the logs."""
+        return self.path / "log"
+
+    def log(self, process: str) -> Path:
+        """What a worker prints."""
+        return self.logs / f"{process}.log"
+
+    @property
+    def ups(self) -> Path:
+        """Parent of the state files."""
+        return self.path / "up"
+
+    def up(self, process: str) -> Path:
+        """Written by a worker when it is ready; `up/supervisor.json` by the supervisor."""
+        return self.ups / f"{process}.json"
+
+    @property
+    def directories(self) -> tuple[Path, ...]:
+        """Every directory of the tree, parents first."""
+        return self.path, self.index, self.sessions, self.counters, self.sockets, self.logs, self.ups
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """`path` has either its old content or `data`, mode 0600, whatever happens in between."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+    partial.replace(path)
+
+
+def default_parent() -> Path:
+    """Where this user's nodes are unless their topology says otherwise."""
+    return Path(f"/dev/shm/lmpipe-{os.getuid()}")
