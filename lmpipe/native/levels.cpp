@@ -1,0 +1,72 @@
+#include "levels.h"
+
+#include <atomic>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace lmpipe {
+namespace {
+
+#define LMPIPE_TABLE(level)                                                                              \
+    Kernels{#level,                 level::blake3_lanes,   level::copy_stores, level::blake3_many,       \
+            level::blake3_chain,    level::xxh3_accumulate, level::copy_runs,  level::store_fence}
+
+const Kernels generic_table = LMPIPE_TABLE(generic);
+#ifdef LMPIPE_X86_LEVELS
+const Kernels avx2_table = LMPIPE_TABLE(avx2);
+const Kernels avx512_table = LMPIPE_TABLE(avx512);
+
+// The levels are compiled for x86-64-v3 and -v4, so all that those promise has to be there (and saved by the kernel,
+// which __builtin_cpu_supports looks at as well).
+bool runs_avx2() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
+           __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("lzcnt") &&
+           __builtin_cpu_supports("movbe");
+}
+
+bool runs_avx512() {
+    return runs_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+const Kernels *best() {
+    const Kernels *levels[4];
+    return levels[usable_levels(levels) - 1];
+}
+
+std::atomic<const Kernels *> &current() {
+    static std::atomic<const Kernels *> table{best()};
+    return table;
+}
+
+}  // namespace
+
+size_t usable_levels(const Kernels *out[4]) {
+    size_t n = 0;
+    out[n++] = &generic_table;
+#ifdef LMPIPE_X86_LEVELS
+    __builtin_cpu_init();
+    if (runs_avx2()) out[n++] = &avx2_table;
+    if (runs_avx512()) out[n++] = &avx512_table;
+#endif
+    return n;
+}
+
+const Kernels &kernels() { return *current().load(std::memory_order_acquire); }
+
+bool set_level(const char *name) {
+    const Kernels *levels[4];
+    size_t n = usable_levels(levels);
+    for (size_t i = 0; i < n; i++) {
+        if (std::strcmp(levels[i]->name, name) == 0) {
+            current().store(levels[i], std::memory_order_release);
+            return true;
+        }
+    }
+    return false;
+}
+
+}  // namespace lmpipe
