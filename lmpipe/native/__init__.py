@@ -1,7 +1,7 @@
 """Hashing, shared words, holds and page copies, in C++. Owns the extension module; knows nothing of the pipeline."""
 
 try:
-    from lmpipe.native._native import (
+    from lmpipe.native._native import (  # pyright: ignore[reportMissingModuleSource]
         Copier,
         Headers,
         HoldTable,

@@ -52,7 +52,7 @@ class Words:
     def fetch_or(self, i: int, v: int) -> int: ...
     def fetch_and(self, i: int, v: int) -> int: ...
     def snapshot(self) -> NDArray[np.uint64]:
-        """A copy of all words, shape (count,), then an acquire fence. Each word is whole; they are not of one instant."""
+        """A copy of all words, shape (count,), then an acquire fence. Each word is whole, not all of one instant."""
 
 def fence() -> None:
     """A sequentially consistent fence of this thread."""

@@ -18,7 +18,7 @@ Region Region::of_buffer(nb::handle buffer, const char *argument) {
         if (PyObject_GetBuffer(buffer.ptr(), view, PyBUF_SIMPLE) != 0) {
             delete view;
             PyErr_Clear();
-            const std::string type = nb::cast<std::string_view>(nb::type_name(buffer.type())).data();
+            const std::string type = Py_TYPE(buffer.ptr())->tp_name;
             throw nb::type_error((std::string(argument) + ": a contiguous buffer is needed, this " + type +
                                   " gives none (numpy.ascontiguousarray copies an array into one)")
                                      .c_str());
@@ -115,7 +115,7 @@ void bind_region(nb::module_ &m) {
         .def(
             "__init__", [](Region *self, nb::object buffer) { new (self) Region(Region::of_buffer(buffer, "buffer")); },
             nb::arg("buffer"))
-        .def_static("at", &Region::at, nb::arg("address"), nb::arg("nbytes"), nb::arg("writable"), nb::arg("owner"))
+        .def_static("at", &Region::at, nb::arg("address"), nb::arg("nbytes"), nb::arg("writable"), nb::arg("owner").none())
         .def_prop_ro("address", [](const Region &r) { return reinterpret_cast<uint64_t>(r.base()); })
         .def_prop_ro("nbytes", &Region::nbytes)
         .def_prop_ro("writable", &Region::writable);
