@@ -1,0 +1,486 @@
+"""The messages between producers and stages. No I/O: frames in, messages out, and back.
+
+A message is a header frame and one frame for each array:
+
+    +------------------------------------------------------------------+
+    | {"v":1,"type":"Save","session":7,"save_id":3, …,                 |  frame 0, JSON, at most 1 MiB
+    |  "arrays":[["chunks","chunk",[16]],["page_ids","i4",[16,32]]]}   |  name, dtype, shape: all of them, in this order
+    +------------------------------------------------------------------+
+    | 16 chunk records of 72 bytes (handles.py)                        |  frame 1, C order, little-endian
+    +------------------------------------------------------------------+
+    | 16 x 32 int32                                                    |  frame 2
+    +------------------------------------------------------------------+
+
+Dtypes on the wire: "chunk" (the 72-byte record), "i4", "u8". What does not fit (another version, an unknown or missing
+field, a wrong type, a length or count out of bounds, a frame too many) is refused with a `MessageError` that names the
+field. Arrays that come in are views of the frames: take them as read-only, copy before writing.
+
+`session` is the sender's. `save_id`, `load_id` and `ref` are chosen by the sender and unique in its session. A message
+that names pages is valid for one session and is delivered at most once; one that names keys may be sent again.
+
+The annotations below are the format and its bounds; wire.py has the machinery.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from operator import attrgetter
+from typing import Annotated, Any, Literal, cast
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import orjson
+from msgspec import Meta
+
+from lmpipe.errors import LayoutError, MessageError
+from lmpipe.handles import CHUNK, ChunkRecords, Codec, SessionId, Tier
+from lmpipe.layout import KVLayout
+from lmpipe.wire import MAX_HEADER_BYTES, MAX_TEXT, ArraySpec, Frame, Via, Wire
+
+MAX_CHUNKS = 1 << 16
+MAX_PAGE_IDS = 1 << 22
+MAX_PLANES = 1 << 12
+MAX_FRAME_BYTES = max(MAX_HEADER_BYTES, MAX_CHUNKS * CHUNK.itemsize, MAX_PAGE_IDS * 4)
+
+PageIds = npt.NDArray[np.int32]
+Places = npt.NDArray[np.uint64]
+
+# Positions, in 16-bit words, of the record fields that the code behind uses as they are.
+_SHARD, _SHARDS, _CODEC = 12, 13, 14
+_LAST_CODEC = max(Codec)
+
+
+def _check_records(name: str, count: int, frame: Frame) -> None:
+    words = np.ndarray((count, CHUNK.itemsize // 2), "<u2", frame)
+    if np.count_nonzero(words[:, _SHARD] >= words[:, _SHARDS]):
+        raise MessageError(f"{name}.shard", "is not below shards")
+    if np.count_nonzero(words[:, _CODEC] > _LAST_CODEC):
+        raise MessageError(f"{name}.codec", "is unknown")
+
+
+_Session = Annotated[SessionId, Meta(ge=1, le=2**63 - 1)]
+_Id = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+_U16 = Annotated[int, Meta(ge=0, le=2**16 - 1)]
+_U31 = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+_Word = Annotated[str, Meta(max_length=64)]
+_Hex = Annotated[str, Meta(max_length=64, pattern=r"\A([0-9a-f]{2})*\Z")]
+_Reason = Annotated[str, Meta(max_length=MAX_TEXT)]
+_Chunks = Annotated[ChunkRecords, ArraySpec("chunk", CHUNK, 1, MAX_CHUNKS, MAX_CHUNKS, _check_records)]
+_PageIds = Annotated[PageIds, ArraySpec("i4", np.dtype("<i4"), 2, MAX_CHUNKS, MAX_PAGE_IDS)]
+_Places = Annotated[Places, ArraySpec("u8", np.dtype("<u8"), 1, MAX_CHUNKS, MAX_CHUNKS)]
+
+
+def no_chunks() -> ChunkRecords:
+    """An empty record array."""
+    return np.empty(0, CHUNK)
+
+
+def no_pages() -> PageIds:
+    """An empty page id array: the chunks' bytes lie in slots."""
+    return np.empty((0, 0), np.int32)
+
+
+def _equal(one: object, other: object) -> bool:
+    if type(one) is not type(other):
+        return False
+    for field_ in fields(one):  # type: ignore[arg-type]
+        a, b = attrgetter(field_.name)(one), attrgetter(field_.name)(other)
+        arrays = isinstance(a, np.ndarray) and isinstance(b, np.ndarray)
+        if not (np.array_equal(cast(Places, a), cast(Places, b)) if arrays else a == b):
+            return False
+    return True
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Message:
+    """Base of all messages. Equal when all fields are, arrays byte by byte."""
+
+    session: _Session
+
+    def __eq__(self, other: object) -> bool:
+        return _equal(self, other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PageSource:
+    """Engine pages in a mapped segment: page p of plane i: `page_bytes[i]` at `plane_offset[i] + p * page_stride[i]`.
+
+    Sent once in a session, so its arrays travel as lists inside the header.
+    """
+
+    segment: str
+    segment_id: str
+    plane_offset: Places
+    page_stride: Places
+    page_bytes: Places
+    pages: int
+
+    def __eq__(self, other: object) -> bool:
+        return _equal(self, other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+_PlaneWords = Annotated[list[_Id], Meta(max_length=MAX_PLANES)]
+
+
+class _PagesHeader(msgspec.Struct, forbid_unknown_fields=True):
+    segment: Annotated[str, Meta(max_length=1024)]
+    segment_id: _Hex
+    plane_offset: _PlaneWords
+    page_stride: _PlaneWords
+    page_bytes: _PlaneWords
+    pages: _U31
+
+    def source(self) -> PageSource:
+        offset, stride, nbytes = (
+            np.array(w, np.uint64) for w in (self.plane_offset, self.page_stride, self.page_bytes)
+        )
+        if not len(offset) == len(stride) == len(nbytes):
+            raise MessageError("pages", "plane_offset, page_stride and page_bytes differ in length")
+        return PageSource(self.segment, self.segment_id, offset, stride, nbytes, self.pages)
+
+
+LayoutFields = dict[str, Any]
+"""The fields of a `KVLayout`, as `dataclasses.asdict` gives them."""
+
+
+def kv_layout(layout: LayoutFields) -> KVLayout:
+    """Inverse of `asdict`.
+
+    Raises:
+        MessageError: not the fields of a layout that can exist.
+    """
+    if layout.keys() != {f.name for f in fields(KVLayout)}:
+        raise MessageError("layout", f"fields {sorted(layout)}, wanted those of KVLayout")
+    try:
+        return msgspec.convert(layout, KVLayout)
+    except (msgspec.ValidationError, LayoutError) as error:
+        raise MessageError("layout", str(error)) from None
+
+
+def _layout_fields(header: dict[str, Any]) -> LayoutFields:
+    layout: LayoutFields = {}
+    for key, value in header.items():
+        layout[key] = tuple(cast("list[str]", value)) if isinstance(value, list) else value
+    kv_layout(layout)
+    return layout
+
+
+_LayoutHeader = dict[_Word, _U31 | _Word | Annotated[list[_Word], Meta(max_length=8)]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Register(Message):
+    """A producer or stage introduces itself. `namespace`: hex digest; `leases`: arena slots it wants lent."""
+
+    versions: Annotated[list[_U16], Meta(max_length=16)]
+    role: Literal["producer", "stage"]
+    name: _Word
+    pid: _U31
+    layout: Annotated[LayoutFields | None, Via(_LayoutHeader, _layout_fields)]
+    chunk_tokens: _U31
+    shard: _U16
+    shards: _U16
+    namespace: _Hex
+    leases: _U16
+    pages: Annotated[PageSource | None, Via(_PagesHeader, _PagesHeader.source)] = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Registered(Message):
+    """Welcome: the version to speak, the chunk size in force, the slots lent."""
+
+    version: _U16
+    chunk_tokens: _U31
+    chunk_bytes: _Id
+    leases: _Places
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Refused(Message):
+    """A message was not accepted: its type, its id (0: none or unreadable), why."""
+
+    about: _Word
+    ref: _Id
+    reason: _Reason
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Save(Message):
+    """Chunks to keep: slots (`place`), or in `segment` "pages" the engine's pages, under the grant word `grant`."""
+
+    save_id: _Id
+    segment: _Word
+    chunks: _Chunks
+    page_ids: _PageIds = field(default_factory=no_pages)
+    grant: Annotated[int, Meta(ge=-1, le=2**16 - 1)] = -1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Saved(Message):
+    """The chunks are visible to lookups in DRAM."""
+
+    save_id: _Id
+    chunks: _Chunks
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SaveDropped(Message):
+    """The tier did not take the chunks."""
+
+    save_id: _Id
+    tier: Tier
+    reason: _Reason
+    chunks: _Chunks
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Persisted(Message):
+    """The tier has the chunks, flushed by its policy."""
+
+    tier: Tier
+    chunks: _Chunks
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Load(Message):
+    """Bring chunks into slots. `deadline_ns`: CLOCK_MONOTONIC, 0 for none."""
+
+    load_id: _Id
+    chunks: _Chunks
+    segment: _Word = "arena"
+    deadline_ns: _Id = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Loaded(Message):
+    """These chunks of a load are in the slots their `place` names."""
+
+    load_id: _Id
+    segment: _Word
+    chunks: _Chunks
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadFailed(Message):
+    """These chunks of a load will not come; leases that went with them are returned."""
+
+    load_id: _Id
+    reason: _Reason
+    chunks: _Chunks
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prefetch(Message):
+    """Bring these chunks up to DRAM; nobody waits."""
+
+    chunks: _Chunks
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Cancel(Message):
+    """Nobody waits for this load any more."""
+
+    load_id: _Id
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Touch(Message):
+    """These chunks were used."""
+
+    chunks: _Chunks
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pin(Message):
+    """Keep these chunks from eviction for `ttl_s` (`pin` False: no longer)."""
+
+    pin: bool
+    chunks: _Chunks
+    ttl_s: Annotated[float, Meta(ge=0, le=1e9)] = 0.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pinned(Message):
+    """So many chunks are now pinned, or no longer."""
+
+    count: _U31
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Invalidate(Message):
+    """Forget chunks: those of a namespace (0: of all), or, if any are named, only these."""
+
+    ref: _Id
+    namespace: Annotated[int, Meta(ge=0)] = 0
+    tiers: Annotated[list[Tier], Meta(max_length=8)] = field(default_factory=lambda: list(Tier))
+    chunks: _Chunks = field(default_factory=no_chunks)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Invalidated(Message):
+    """So many rows are gone."""
+
+    ref: _Id
+    removed: _Id
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Release(Message):
+    """The sender needs these slots no more."""
+
+    segment: _Word
+    places: _Places
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Credit(Message):
+    """Arena slots leased to the receiver."""
+
+    places: _Places
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Evicted(Message):
+    """The tier keeps these chunks no longer."""
+
+    tier: Tier
+    chunks: _Chunks
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ping(Message):
+    """Are you there?"""
+
+    sent_ns: _Id
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pong(Message):
+    """Yes. `sessions`: this stage's, then those `below`, by name. `sent_ns` 0: unasked, the chain has changed."""
+
+    sent_ns: _Id
+    stage: _Word
+    sessions: Annotated[list[_Session], Meta(min_length=1, max_length=16)]
+    state: Literal["ready", "draining"] = "ready"
+    below: Annotated[list[_Word], Meta(max_length=15)] = field(default_factory=list[str])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Drain(Message):
+    """Finish what you have, then say so."""
+
+    ref: _Id
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Drained(Message):
+    """Nothing is left."""
+
+    ref: _Id
+
+
+TYPES: Sequence[type[Message]] = (
+    Register,
+    Registered,
+    Refused,
+    Save,
+    Saved,
+    SaveDropped,
+    Persisted,
+    Load,
+    Loaded,
+    LoadFailed,
+    Prefetch,
+    Cancel,
+    Touch,
+    Pin,
+    Pinned,
+    Invalidate,
+    Invalidated,
+    Release,
+    Credit,
+    Evicted,
+    Ping,
+    Pong,
+    Drain,
+    Drained,
+)
+_REFS = ("save_id", "load_id", "ref")
+
+
+def _check_register(message: Register) -> None:
+    if message.shard >= message.shards:
+        raise MessageError("shard", f"{message.shard} is not below shards ({message.shards})")
+
+
+def _check_save(message: Save) -> None:
+    rows, wanted = len(message.page_ids), len(message.chunks) if message.segment == "pages" else 0
+    if rows != wanted:
+        raise MessageError("page_ids", f"{rows} rows for {wanted} chunks in pages")
+    if message.page_ids.size and message.page_ids.min() < 0:
+        raise MessageError("page_ids", "a page id is negative")
+
+
+def _check_invalidate(message: Invalidate) -> None:
+    if message.namespace >= 2**64:
+        raise MessageError("namespace", "does not fit 64 bits")
+
+
+def _check_pong(message: Pong) -> None:
+    if len(message.below) != len(message.sessions) - 1:
+        raise MessageError("below", f"{len(message.below)} names for {len(message.sessions) - 1} sessions")
+
+
+_CHECKS: dict[type[Message], Callable[[Any], None]] = {
+    Register: _check_register,
+    Save: _check_save,
+    Invalidate: _check_invalidate,
+    Pong: _check_pong,
+}
+_WIRE: Wire[Message] = Wire(TYPES, _CHECKS)
+encode = _WIRE.encode
+decode = _WIRE.decode
+
+
+def _getter(cls: type[Message], *names: str) -> Callable[[Message], Any] | None:
+    return next((attrgetter(f.name) for f in fields(cls) if f.name in names), None)
+
+
+_CHUNKS: dict[type[Message], Callable[[Message], Any]] = {
+    cls: getter for cls in TYPES if (getter := _getter(cls, "chunks"))
+}
+_REF: dict[type[Message], Callable[[Message], int]] = {cls: getter for cls in TYPES if (getter := _getter(cls, *_REFS))}
+
+
+def chunk_count(message: Message) -> int:
+    """How many chunks a message names."""
+    getter = _CHUNKS.get(type(message))
+    return len(getter(message)) if getter else 0
+
+
+def id_of(message: Message) -> int:
+    """What an answer to it refers to: the id of the save or load, or `ref`; 0 for messages without one."""
+    getter = _REF.get(type(message))
+    return getter(message) if getter else 0
+
+
+def refusal(frames: Sequence[Frame], session: SessionId, error: MessageError) -> Refused:
+    """The answer to frames that `decode` refused, with their type and id as far as these can be read."""
+    about, ref = "", 0
+    if frames and len(frames[0]) <= 4096:
+        try:
+            header: Any = orjson.loads(frames[0])
+        except orjson.JSONDecodeError:
+            header = None
+        if isinstance(header, dict):
+            said = msgspec.convert(header, dict[Any, Any])
+            about = next((cls.__name__ for cls in TYPES if cls.__name__ == said.get("type")), "")
+            ids = [said[name] for name in _REFS if name in said]
+            ref = next((value for value in ids if type(value) is int and 0 <= value < 2**63), 0)
+    return Refused(session, about, ref, str(error))
