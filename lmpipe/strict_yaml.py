@@ -126,10 +126,11 @@ class _Walk:
         seen: set[str] = set()
         for key, child in node.value:
             name = str(key.value) if isinstance(key, yaml.ScalarNode) else ""
-            at = f"{path}.{name}" if path else name
+            shown = _short(name)
+            at = f"{path}.{shown}" if path else shown
             if name not in fields:
                 known = ", ".join(fields)
-                self._fail(key, _short(at) or path, f"unknown field{nearest(name, fields)} (fields here: {known})")
+                self._fail(key, at, f"unknown field{nearest(name, fields)} (fields here: {known})")
             elif name in seen:
                 self._fail(key, at, "this field stands here twice")
             else:
@@ -211,5 +212,5 @@ def _kind(value: object) -> str:
 
 
 def _short(text: str) -> str:
-    text = text.encode("ascii", "backslashreplace").decode() if not text.isprintable() else text
+    text = text.encode("unicode_escape").decode() if not text.isprintable() else text
     return text if len(text) <= 60 else text[:57] + "..."
