@@ -300,6 +300,7 @@ class Touch(Message):
 class Pin(Message):
     """Keep these chunks from eviction for `ttl_s` (`pin` False: no longer)."""
 
+    ref: _Id
     pin: bool
     chunks: _Chunks
     ttl_s: Annotated[float, Meta(ge=0, le=1e9)] = 0.0
@@ -309,6 +310,7 @@ class Pin(Message):
 class Pinned(Message):
     """So many chunks are now pinned, or no longer."""
 
+    ref: _Id
     count: _U31
 
 
