@@ -33,7 +33,6 @@ class SlotEvent(StrEnum):
     CLOSE = "close"
     COMMIT = "commit"
     DOOM = "doom"
-    SPARE = "spare"
     FREE = "free"
 
 
@@ -50,7 +49,6 @@ TRANSITIONS: dict[tuple[SlotState, SlotEvent], SlotState] = {
     (SlotState.WRITING, SlotEvent.CLOSE): SlotState.READY,
     (SlotState.READY, SlotEvent.COMMIT): SlotState.COMMITTED,
     (SlotState.COMMITTED, SlotEvent.DOOM): SlotState.DOOMED,
-    (SlotState.DOOMED, SlotEvent.SPARE): SlotState.COMMITTED,  # a hold was found: the eviction is called off
     (SlotState.DOOMED, SlotEvent.FREE): SlotState.FREE,
     # The lease came back unused, or its holder is dead.
     (SlotState.LEASED, SlotEvent.FREE): SlotState.FREE,
@@ -64,7 +62,6 @@ ACTORS: dict[SlotEvent, Actor] = {
     SlotEvent.CLOSE: Actor.WRITER,
     SlotEvent.COMMIT: Actor.OWNER,
     SlotEvent.DOOM: Actor.OWNER,
-    SlotEvent.SPARE: Actor.OWNER,
     SlotEvent.FREE: Actor.OWNER,
 }
 

@@ -1,0 +1,421 @@
+"""The engine's side of lmpipe: look up, load, save. Knows no engine, never blocks one, never fails one.
+
+    producer = Producer(run_dir, layout, model="llama-3-8b")
+    prompt = producer.prompt(token_ids)                          # hashed once
+    with producer.lookup(prompt) as found:                       # in this process: no socket, no lock shared with a writer
+        loaded = producer.load(found, pool, page_ids)            # copied by this process; loaded.tokens are in the pages
+    …compute the rest…
+    ticket = producer.save(prompt, pool, page_ids)               # returns at once
+
+When lmpipe is absent every lookup misses and every save is dropped, each counted; when it comes (back), the producer registers again by
+itself. All methods may be called from any thread, but a `Prompt` belongs to one thread at a time.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import queue
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lmpipe import messages as m
+from lmpipe import native
+from lmpipe.errors import LayoutError
+from lmpipe.handles import ChunkRecords, SessionId, Tier
+from lmpipe.keys import Extra, Namespace, Prompt
+from lmpipe.layout import CHUNK_TOKENS, KVLayout
+from lmpipe.metrics import PRODUCER_COUNTERS
+from lmpipe.producer.admission import Admission
+from lmpipe.producer.attachment import TIERS, Attachment, Found, Wanted
+from lmpipe.producer.link import LeasePool, Link, slots_of
+from lmpipe.producer.loading import Loader, LoadResult
+from lmpipe.producer.saving import PageIds, Saver, SaveTicket, chunk_records
+from lmpipe.shm.counters import Counters
+
+__all__ = ["Found", "LoadResult", "MappedPages", "Producer", "SaveTicket"]
+
+log = logging.getLogger("lmpipe.producer")
+
+MappedPages = m.PageSource
+Event = Callable[[str, ChunkRecords], None]
+EVENTS = ("saved", "persisted", "loaded", "evicted", "failed")
+
+_EMPTY = np.empty(0, np.uint8)
+
+
+class Producer:
+    """One engine rank's (and cache group's) access to a node.
+
+    Args:
+        run_dir: the node's run directory; need not exist yet.
+        layout: this rank's KV layout.
+        model, revision, tenant, weights_epoch, rope, adapter, cache_salt: what KV depends on besides tokens; see `keys.Namespace`.
+        chunk_tokens: tokens of a chunk, a multiple of the layout's page; None: the node's setting (256 until a node is seen).
+        shard, shards: which part of each chunk's KV this rank holds.
+        pages: the engine's pages where they lie in a named shared segment: gather then copies them for saves.
+        copy_threads: native threads for each direction of copying.
+        ttl_s: how long saved chunks stay valid; 0 for ever.
+
+    Raises:
+        LayoutError: the layout's pages do not divide the chunk.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | os.PathLike[str],
+        layout: KVLayout,
+        *,
+        model: str,
+        revision: str = "",
+        tenant: str = "default",
+        weights_epoch: int = 0,
+        rope: str = "",
+        adapter: str = "",
+        cache_salt: str = "",
+        name: str = "engine",
+        chunk_tokens: int | None = None,
+        shard: int = 0,
+        shards: int = 1,
+        pages: MappedPages | None = None,
+        copy_threads: int = 1,
+        ttl_s: int = 0,
+        wait_s: float = 0.0,
+    ) -> None:
+        if not 0 <= shard < shards:
+            raise LayoutError(f"shard {shard} is not one of {shards}")
+        self.layout, self.name = layout, name
+        self._namespace_of = lambda tokens: Namespace(
+            model, revision, layout.layout_id(), layout.dtype, tokens, tenant, weights_epoch, rope, adapter, cache_salt
+        )
+        self._shard, self._shards, self._pages, self._ttl_s = shard, shards, pages, ttl_s
+        self._configured_chunk = chunk_tokens
+        self._set_chunk(chunk_tokens or layout.effective_chunk_tokens(CHUNK_TOKENS))
+        self._ids = itertools.count(int.from_bytes(os.urandom(4), "little") << 24 | 1)
+        self._callbacks: dict[str, list[Event]] = {event: [] for event in EVENTS}
+        self._counts: Counter[str] = Counter()
+        self._counters: Counters | None = None
+        self._counts_lock = threading.Lock()
+        self.admission = Admission()
+        self._leases = LeasePool()
+        self._link = Link(Path(run_dir), self._hello, self._on_message, self._on_ready, self._on_lost, self._on_beat)
+        self._loader = Loader(self._link, copy_threads)
+        self._saver = Saver(self._link, self._leases, lambda: self._wanted, copy_threads)
+        self._closed = False
+        if wait_s:
+            self.wait_ready(wait_s)
+
+    def _set_chunk(self, chunk_tokens: int) -> None:
+        self.chunk_tokens = chunk_tokens
+        self.chunk_pages = self.layout.chunk_pages(chunk_tokens)
+        self.chunk_bytes = self.layout.chunk_bytes(chunk_tokens)
+        self.namespace = self._namespace_of(chunk_tokens).digest()
+        self._wanted = Wanted(self.layout.layout_id(), self.chunk_bytes, self._shard, self._shards)
+
+    # State.
+
+    @property
+    def state(self) -> str:
+        """`ready`, `absent` (looked for at every heartbeat) or `refused` (for good, said once)."""
+        return self._link.state
+
+    @property
+    def reason(self) -> str:
+        """Why the state is not `ready`."""
+        return self._link.reason
+
+    def wait_ready(self, timeout_s: float) -> bool:
+        """Wait until registered. False: still absent, or refused."""
+        return self._link.wait_ready(timeout_s)
+
+    def on(self, event: str, callback: Event) -> None:
+        """Call `callback(event, chunk records)` on saved, persisted, loaded, evicted or failed, from lmpipe's thread.
+
+        Raises:
+            ValueError: no such event.
+        """
+        if event not in self._callbacks:
+            raise ValueError(f"unknown event {event!r} (known: {', '.join(EVENTS)})")
+        self._callbacks[event].append(callback)
+
+    def stats(self) -> dict[str, int]:
+        """Counters of this producer since it was made."""
+        with self._counts_lock:
+            return dict(self._counts)
+
+    # The three verbs of an engine.
+
+    def prompt(self, tokens: Sequence[int] | npt.NDArray[np.integer[Any]], extras: Iterable[Extra] = ()) -> Prompt:
+        """Hash a request's confirmed tokens, once; `Prompt.extend` adds more.
+
+        Raises:
+            UnsupportedError: an extra of unknown kind: do not cache this request.
+            ValueError: not a one-dimensional run of token ids.
+        """
+        return Prompt.of(self.namespace, self.chunk_tokens, tokens, extras)
+
+    def lookup(self, prompt: Prompt, max_tokens: int | None = None) -> Found:
+        """The longest saved prefix, in whole chunks of at most `max_tokens` tokens, its DRAM part held until released or loaded.
+
+        Served from maps of this process: no message, no lock shared with a writer. Any trouble is a miss.
+        """
+        attachment = self._link.attachment
+        limit = prompt.tokens if max_tokens is None else min(max_tokens, prompt.tokens)
+        chunks = limit // self.chunk_tokens
+        if not chunks or attachment is None or prompt.namespace != self.namespace or not attachment.enter():
+            self._count(lookups=1, lookup_tokens=prompt.tokens)
+            return Found(self.chunk_tokens, m.no_chunks(), _EMPTY)
+        try:
+            found = attachment.lookup(prompt, chunks, self._wanted, next(self._ids))
+        finally:
+            attachment.leave()
+        found = self.admission.admit(found)
+        self._count(lookups=1, lookup_tokens=prompt.tokens, hit_tokens=found.tokens)
+        return found
+
+    def load(
+        self, found: Found, pool: native.PagePool, page_ids: PageIds, *, deadline_ms: float | None = None
+    ) -> LoadResult:
+        """Copy found chunks into the engine's pages and release the holds.
+
+        Args:
+            page_ids: int32 (chunks, pages of a chunk); -1 skips a page that the engine has already.
+            deadline_ms: how long to wait for what lies below DRAM; None: the topology's setting.
+
+        Returns:
+            How many tokens, from the start of the prompt and without a gap, are now in the pages. Never raises for trouble in lmpipe.
+        """
+        attachment = self._link.attachment
+        if deadline_ms is None:
+            deadline_ms = attachment.info.topology.engines.load_deadline_ms if attachment is not None else 0
+        deadline_ns = time.monotonic_ns() + int(deadline_ms * 1e6)
+        records = found.records
+        result = self._loader.load(next(self._ids), found, pool, page_ids, deadline_ns)
+        self.admission.observe_load(result)
+        self._count(loads=1, loaded_tokens=result.tokens, loaded_bytes=result.nbytes)
+        for tier, chunks in result.by_tier.items():
+            self._count(**{f"hit_chunks_{tier}": chunks})
+        if result.chunks:
+            self._emit("loaded", records[: result.chunks])
+            self._link.post("load", m.Touch(self._session(), records[: result.chunks]))
+        if result.chunks < len(records):
+            self._count(load_failed_chunks=len(records) - result.chunks)
+            self._emit("failed", records[result.chunks :])
+        return result
+
+    def save(
+        self, prompt: Prompt, pool: native.PagePool | None, page_ids: PageIds, *, first_chunk: int = 0
+    ) -> SaveTicket:
+        """Save chunks [first_chunk, first_chunk + len(page_ids)) of a prompt; returns at once.
+
+        Chunks that are known are not saved again. With private pages (`pool` given) the memory must stay unchanged until
+        `ticket.copied` is set. With mapped pages (`pool` None) call `ticket.revoke()` before the engine gives a page to somebody else.
+
+        Raises:
+            ValueError: page ids of the wrong shape, or more chunks than the prompt has keys for.
+        """
+        count = len(page_ids)
+        if count and page_ids.shape != (count, self.chunk_pages):
+            raise ValueError(f"page_ids must be (chunks, {self.chunk_pages}), got {page_ids.shape}")
+        if first_chunk < 0 or first_chunk + count > len(prompt.keys):
+            raise ValueError(f"chunks [{first_chunk}, {first_chunk + count}) of a prompt with {len(prompt.keys)} whole chunks")
+        if pool is None and self._pages is None:
+            raise ValueError("no pool given, and this producer was made without mapped pages")
+        ticket = SaveTicket(next(self._ids), count)
+        self._count(saves=1, save_chunks=count)
+        if not count:
+            ticket.count()
+        elif self.state != "ready" or prompt.namespace != self.namespace:
+            self._count(save_dropped_chunks=self._saver.finish(ticket, "lmpipe absent"))
+        else:
+            self._saver.put(ticket, prompt, first_chunk, pool, page_ids)
+        return ticket
+
+    # The rest of the verbs.
+
+    def prefetch(self, prompt: Prompt) -> int:
+        """Ask for what lies below DRAM to be brought up. Returns the number of chunks asked for."""
+        with self.lookup(prompt) as found:
+            below = found.records[found.tiers != 0]
+        return len(below) if len(below) and self._link.post("load", m.Prefetch(self._session(), below)) else 0
+
+    def cancel(self, ticket: SaveTicket) -> None:
+        """Stop a save: what is not committed yet is discarded."""
+        ticket.revoke()
+        self._count(save_dropped_chunks=self._saver.finish(ticket, "cancelled"))
+
+    def touch(self, prompt: Prompt) -> None:
+        """Mark a prompt's chunks as just used."""
+        self._link.post("load", m.Touch(self._session(), self._records(prompt)))
+
+    def pin(self, prompt: Prompt, ttl_s: float = 3600.0, timeout_s: float = 2.0) -> int:
+        """Keep a prompt's DRAM chunks from eviction for a time. Returns how many are pinned."""
+        return self._pin(prompt, True, ttl_s, timeout_s)
+
+    def unpin(self, prompt: Prompt, timeout_s: float = 2.0) -> int:
+        """End a pin."""
+        return self._pin(prompt, False, 0.0, timeout_s)
+
+    def _pin(self, prompt: Prompt, pin: bool, ttl_s: float, timeout_s: float) -> int:
+        ref = next(self._ids)
+        answer = self._ask(ref, m.Pin(self._session(), ref, pin, self._records(prompt), ttl_s), timeout_s)
+        return answer.count if isinstance(answer, m.Pinned) else 0
+
+    def invalidate(self, prompt: Prompt | None = None, timeout_s: float = 10.0) -> int:
+        """Remove a prompt's chunks (None: all of this namespace) from every tier. Returns the rows removed, -1 without an answer."""
+        ref = next(self._ids)
+        namespace = int.from_bytes(self.namespace[:8], "little")
+        chunks = self._records(prompt) if prompt is not None else m.no_chunks()
+        answer = self._ask(ref, m.Invalidate(self._session(), ref, namespace, list(TIERS), chunks), timeout_s)
+        return answer.removed if isinstance(answer, m.Invalidated) else -1
+
+    def flush(self, prompt: Prompt | None = None, *, timeout_s: float = 30.0, tiers: Iterable[Tier | str] = ()) -> bool:
+        """Wait until all saves are answered and, given a prompt, until its chunks are found in each of `tiers`."""
+        end_s = time.monotonic() + timeout_s
+        for ticket in list(self._saver.tickets.values()):
+            ticket.wait(max(end_s - time.monotonic(), 0.0))
+            if not ticket.done:
+                return False
+        for tier in tiers:
+            while prompt is not None and not self._all_in(prompt, Tier(tier)):
+                if time.monotonic() > end_s or self.state != "ready":
+                    return False
+                time.sleep(0.01)
+        return True
+
+    def _all_in(self, prompt: Prompt, tier: Tier) -> bool:
+        attachment = self._link.attachment
+        if attachment is None or not attachment.enter():
+            return False
+        try:
+            return attachment.all_in(tier, prompt.index_keys)
+        finally:
+            attachment.leave()
+
+    def close(self) -> None:
+        """End the session: queued saves are finished, leases and holds go back, the maps are dropped."""
+        if self._closed:
+            return
+        self._closed = True
+        self._saver.close()
+        self._link.close(None)
+        if self._counters is not None:
+            self._counters.close()
+
+    def __enter__(self) -> Producer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    # Below: what the link calls back.
+
+    def _session(self) -> SessionId:
+        attachment = self._link.attachment
+        return attachment.session.id if attachment is not None else SessionId(1)
+
+    def _records(self, prompt: Prompt) -> ChunkRecords:
+        return chunk_records(prompt, 0, len(prompt.keys), self._wanted)
+
+    def _ask(self, ref: int, message: m.Message, timeout_s: float) -> m.Message | None:
+        answers = self._link.request(ref, "load", message)
+        try:
+            return answers.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+        finally:
+            self._link.forget(ref)
+
+    def _hello(self, attachment: Attachment) -> m.Register:
+        if self._configured_chunk is None:
+            chunk = self.layout.effective_chunk_tokens(attachment.info.topology.chunk_tokens)
+            if chunk != self.chunk_tokens:
+                self._set_chunk(chunk)
+        return m.Register(
+            session=attachment.session.id,
+            versions=[m.VERSION],
+            role="producer",
+            name=self.name,
+            pid=os.getpid(),
+            layout=asdict(self.layout),
+            chunk_tokens=self.chunk_tokens,
+            shard=self._shard,
+            shards=self._shards,
+            namespace=self.namespace.hex(),
+            leases=attachment.info.topology.engines.leases,
+            pages=self._pages,
+        )
+
+    def _on_ready(self, attachment: Attachment, message: m.Registered) -> None:
+        self._leases.reset(slots_of(message.leases))
+
+    def _on_lost(self, reason: str) -> None:
+        self._saver.lost(reason)
+
+    def _on_beat(self, attachment: Attachment | None) -> None:
+        """Publish the counters where `lmpipe status` and the exporter read them."""
+        if attachment is None:
+            return
+        path = attachment.info.paths.counters / f"{self.name}-{attachment.session.id:016x}.shm"
+        if self._counters is None or self._counters.path != path:
+            if self._counters is not None:
+                self._counters.close()
+            self._counters = Counters.create(path, PRODUCER_COUNTERS)
+        for name, value in self.stats().items():
+            self._counters.set(name, value)
+
+    def _on_message(self, message: m.Message) -> None:
+        match message:
+            case m.Saved():
+                self._answered(message.save_id, len(message.chunks), "")
+                self._emit("saved", message.chunks)
+            case m.SaveDropped():
+                self._answered(message.save_id, len(message.chunks), message.reason)
+                self._emit("failed", message.chunks)
+            case m.Persisted():
+                self._count(persisted_chunks=len(message.chunks))
+                self._emit("persisted", message.chunks)
+            case m.Credit():
+                self._leases.give(slots_of(message.places))
+            case m.Evicted():
+                self._count(evicted_chunks=len(message.chunks))
+                self._emit("evicted", message.chunks)
+            case m.Refused():
+                log.warning("gather refused a %s: %s", message.about, message.reason)
+                ticket = self._saver.tickets.get(message.ref)
+                if ticket is not None:
+                    self._count(save_dropped_chunks=self._saver.finish(ticket, f"refused: {message.reason}"))
+            case _:
+                self._count(unexpected_messages=1)
+
+    def _answered(self, save_id: int, chunks: int, reason: str) -> None:
+        ticket = self._saver.tickets.get(save_id)
+        if reason:
+            self._count(save_dropped_chunks=chunks)
+        else:
+            self._count(saved_chunks=chunks)
+        if ticket is not None:
+            ticket.count(saved=0 if reason else chunks, dropped=chunks if reason else 0, reason=reason)
+            if ticket.done:
+                self._saver.tickets.pop(save_id, None)
+
+    def _emit(self, event: str, records: ChunkRecords) -> None:
+        for callback in self._callbacks[event]:
+            try:
+                callback(event, records)
+            except Exception:  # noqa: BLE001 - a user's callback must not end the link
+                log.exception("a callback on %s raised", event)
+
+    def _count(self, **amounts: int) -> None:
+        with self._counts_lock:
+            self._counts.update(amounts)

@@ -1,0 +1,226 @@
+"""What one registration maps of a node: session, holds, arena, index readers; and the lookup, which needs nothing else.
+
+Everything here works while every lmpipe process is stopped or dead: the maps stay, evictors that are dead evict nothing, and generation
+and hold guard each slot. Knows no sockets. `lookup` and `known` may be called from any thread.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from lmpipe.handles import CHUNK, ChunkRecords, Tier
+from lmpipe.index import IndexReader
+from lmpipe.keys import Prompt
+from lmpipe.shm.descriptor import SegmentKind
+from lmpipe.shm.hold import Holds, HoldSet
+from lmpipe.shm.node import NodeWords
+from lmpipe.shm.segment import Segment
+from lmpipe.shm.session import Session
+from lmpipe.shm.slots import SlotTable
+from lmpipe.topology import NodeInfo
+
+GRANTS = 1024
+"""Saves of mapped pages that one producer may have in flight."""
+
+TIERS = (Tier.DRAM, Tier.SSD, Tier.REMOTE)
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a row must be to serve a producer: its own shard, in its own layout and size, exact enough and not expired."""
+
+    layout: int
+    chunk_bytes: int
+    shard: int
+    shards: int
+    max_fidelity: int = 0
+
+    def usable(self, records: ChunkRecords, now_s: float) -> npt.NDArray[np.bool_]:
+        """(n,) which of the records fit."""
+        expires = records["expires_at"]
+        return (
+            (records["layout"] == self.layout)
+            & (records["raw_bytes"] == self.chunk_bytes)
+            & (records["shard"] == self.shard)
+            & (records["shards"] == self.shards)
+            & (records["fidelity"] <= self.max_fidelity)
+            & ((expires == 0) | (expires > now_s))
+        )
+
+
+@dataclass(slots=True)
+class Found:
+    """An unbroken run of chunks from the start of a prompt, and the holds that keep its DRAM part in place. Release it, or load it."""
+
+    chunk_tokens: int
+    records: ChunkRecords
+    tiers: npt.NDArray[np.uint8]
+    """(n,) index into `TIERS`."""
+    holds: HoldSet | None = None
+    attachment: Attachment | None = None
+    dram: npt.NDArray[np.intp] = field(default_factory=lambda: np.empty(0, np.intp))
+    """Positions of the chunks that are held in DRAM."""
+
+    @property
+    def chunks(self) -> int:
+        """Number of chunks found."""
+        return len(self.records)
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens found."""
+        return self.chunks * self.chunk_tokens
+
+    @property
+    def by_tier(self) -> dict[Tier, int]:
+        """Chunks by tier."""
+        counts = np.bincount(self.tiers, minlength=len(TIERS))
+        return {tier: int(counts[i]) for i, tier in enumerate(TIERS) if counts[i]}
+
+    def release(self) -> None:
+        """Give the holds back; harmless when done twice."""
+        holds, self.holds = self.holds, None
+        if holds is not None and self.attachment is not None:
+            self.attachment.holds.release(holds)
+            self.attachment.leave()
+
+    def __enter__(self) -> Found:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+class Attachment:
+    """The maps of one node, closed when retired and no call uses them any more.
+
+    Raises:
+        SegmentError, OSError: the node's segments are gone or are not this version's.
+    """
+
+    def __init__(self, info: NodeInfo) -> None:
+        self.info = info
+        run_dir = info.paths
+        engines = info.topology.engines
+        self.session = Session.create(run_dir.path, entries=engines.hold_entries, grants=GRANTS)
+        opened: list[Segment] = []
+        try:
+            arena = Segment.attach(run_dir.arena, SegmentKind.SLOTS, id=bytes.fromhex(info.arena_id))
+            opened.append(arena)
+            self.arena = SlotTable(arena)
+            self.node = NodeWords.attach(run_dir.node_shm)
+        except BaseException:
+            for segment in opened:
+                segment.close()
+            self.session.close()
+            raise
+        self.holds = Holds(self.session)
+        self.readers = [IndexReader(run_dir.path, tier, info.topology.index.map_bytes(tier), self.node) for tier in TIERS]
+        self._lock = threading.Lock()
+        self._reading = threading.Lock()
+        self._users = 0
+        self._retired = False
+        self._closed = False
+
+    def all_in(self, tier: Tier, keys: list[bytes]) -> bool:
+        """Whether one tier has all of these chunks."""
+        with self._reading:
+            return len(self.readers[TIERS.index(tier)].run(keys)) == len(keys)
+
+    def enter(self) -> bool:
+        """Use the maps: every successful call is paired with `leave`. False: closed."""
+        with self._lock:
+            if self._closed:
+                return False
+            self._users += 1
+            return True
+
+    def leave(self) -> None:
+        """End one use."""
+        with self._lock:
+            self._users -= 1
+        self._close_if_idle()
+
+    def retire(self) -> None:
+        """Close as soon as nobody uses the maps."""
+        with self._lock:
+            self._retired = True
+        self._close_if_idle()
+
+    def _close_if_idle(self) -> None:
+        with self._lock:
+            if not self._retired or self._users or self._closed:
+                return
+            self._closed = True
+        for reader in self.readers:
+            reader.close()
+        self.holds.close()
+        self.session.close()
+        self.arena.close()
+        self.node.close()
+
+    def known(self, prompt: Prompt, first: int, wanted: Wanted) -> int:
+        """How many chunks from `first` on are in some tier already, without a gap; takes no holds."""
+        return len(self._run(prompt.index_keys, first, wanted)[0])
+
+    def lookup(self, prompt: Prompt, chunks: int, wanted: Wanted, request: int) -> Found:
+        """The longest unbroken run of usable chunks from the start of the prompt, its DRAM part held."""
+        found = self._hold(prompt, chunks, wanted, request)
+        if found is None:  # a slot was doomed between row and hold: its row is gone by now, a tier below may have it
+            found = self._hold(prompt, chunks, wanted, request, cut=True)
+        assert found is not None
+        return found
+
+    def _hold(self, prompt: Prompt, chunks: int, wanted: Wanted, request: int, *, cut: bool = False) -> Found | None:
+        records, tiers = self._run(prompt.index_keys[:chunks], 0, wanted)
+        dram = np.flatnonzero(tiers == 0)
+        if not len(dram) or not self.enter():
+            below = 0 if len(dram) else len(records)
+            return Found(prompt.chunk_tokens, records[:below], tiers[:below])
+        places = records["place"][dram]
+        slots, generations = (places >> np.uint64(32)).astype(np.uint32), places.astype(np.uint32)
+        holds = self.holds.take(self.arena, slots, generations, request)
+        held = len(holds)
+        if held < len(dram):
+            if not cut:
+                self.holds.release(holds)
+                self.leave()
+                return None
+            end = int(dram[held])
+            records, tiers, dram = records[:end], tiers[:end], dram[:held]
+        return Found(prompt.chunk_tokens, records, tiers, holds, self, dram)
+
+    def _run(self, keys: list[bytes], first: int, wanted: Wanted) -> tuple[ChunkRecords, npt.NDArray[np.uint8]]:
+        """Records and tiers of the unbroken run from `first`; DRAM is asked first, the others only where it misses."""
+        values: list[bytes] = []
+        counts: list[tuple[int, int]] = []
+        at, row_bytes = first, wanted.shards * CHUNK.itemsize
+        with self._reading:  # readers are one thread's at a time
+            while at < len(keys):
+                for tier, reader in enumerate(self.readers):
+                    run = reader.run(keys, at)
+                    if run:
+                        values += run
+                        counts.append((tier, len(run)))
+                        at += len(run)
+                        break
+                else:
+                    break
+                if len(values[-1]) != row_bytes:
+                    break
+        tiers = np.repeat(np.array([t for t, _ in counts], np.uint8), np.array([n for _, n in counts], np.intp))
+        flat = b"".join(values)
+        if len(flat) != len(values) * row_bytes:  # some row lacks shards: stop before it
+            whole = next(i for i, value in enumerate(values) if len(value) != row_bytes)
+            flat, tiers = b"".join(values[:whole]), tiers[:whole]
+        records = np.frombuffer(flat, CHUNK)[wanted.shard :: wanted.shards]
+        usable = wanted.usable(records, time.time())
+        if not usable.all():
+            end = int(np.argmin(usable))
+            records, tiers = records[:end], tiers[:end]
+        return records, tiers

@@ -1,0 +1,280 @@
+"""The thread that talks to gather: registers, keeps the session alive, carries what other threads post, hands out what comes back.
+
+    absent ── node.json found, maps attached ──▶ registering ── Registered ──▶ ready
+      ▲                                             │ Refused                     │
+      │                                             ▼                            │
+      └──────── no Pong for three heartbeats ◀─── refused      gather's session changed: register again
+
+Losing gather loses nothing that is mapped: the attachment stays and DRAM hits go on. Only messages stop: saves are dropped and loads from
+below fail at once, each with its reason. No thread of the engine ever waits on a socket. Owns the sockets; knows no pages.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from lmpipe import messages as m
+from lmpipe.bus import Client, Poller, Wakeup
+from lmpipe.errors import LmpipeError
+from lmpipe.handles import Slot
+from lmpipe.producer.attachment import Attachment
+from lmpipe.topology import NodeInfo
+
+log = logging.getLogger("lmpipe.producer")
+
+MISSED_BEATS = 3
+OUTBOX_MESSAGES = 4096
+
+Answer = m.Loaded | m.LoadFailed | m.Pinned | m.Invalidated
+
+
+class LeasePool:
+    """Arena slots lent to this producer. Slots in use are remembered, so that a renewed grant cannot name one twice."""
+
+    def __init__(self) -> None:
+        self._free: deque[Slot] = deque()
+        self._in_use: set[Slot] = set()
+        self._changed = threading.Condition()
+
+    def give(self, slots: Iterable[Slot]) -> None:
+        """New leases from gather."""
+        with self._changed:
+            self._free.extend(slot for slot in slots if slot not in self._in_use)
+            self._changed.notify_all()
+
+    def reset(self, slots: Iterable[Slot] = ()) -> None:
+        """Start over with exactly these: what gather says after a registration is the truth."""
+        with self._changed:
+            self._free.clear()
+        self.give(slots)
+
+    def take(self, most: int, timeout_s: float) -> list[Slot]:
+        """One to `most` leases; empty when none came in time."""
+        with self._changed:
+            self._changed.wait_for(lambda: bool(self._free), timeout_s)
+            taken = [self._free.popleft() for _ in range(min(most, len(self._free)))]
+            self._in_use.update(taken)
+            return taken
+
+    def done(self, slots: Iterable[Slot]) -> None:
+        """These went to gather, or are lost."""
+        with self._changed:
+            self._in_use.difference_update(slots)
+
+
+class Link:
+    """One producer's connection. `hello` makes the Register message; `on_message` gets what is no answer to a request."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        hello: Callable[[Attachment], m.Register],
+        on_message: Callable[[m.Message], None],
+        on_ready: Callable[[Attachment, m.Registered], None],
+        on_lost: Callable[[str], None],
+        on_beat: Callable[[Attachment | None], None],
+    ) -> None:
+        self._run_dir = run_dir
+        self._hello, self._on_message, self._on_ready = hello, on_message, on_ready
+        self._on_lost, self._on_beat = on_lost, on_beat
+        self.state = "absent"
+        self.reason = "not attached yet"
+        self.attachment: Attachment | None = None
+        self.registered: m.Registered | None = None
+        self._node: tuple[float, str] | None = None
+        self._client: Client | None = None
+        self._poller = Poller()
+        self._wakeup = Wakeup()
+        self._poller.add(self._wakeup)
+        self._outbox: deque[tuple[str, m.Message]] = deque()
+        self._answers: dict[int, queue.SimpleQueue[Answer | None]] = {}
+        self._answers_lock = threading.Lock()
+        self._changed = threading.Condition()
+        self._stop = False
+        self._beat_s = 1.0
+        self._next_beat_s = 0.0
+        self._last_pong_s = 0.0
+        self._thread = threading.Thread(target=self._run, name="lmpipe-link", daemon=True)
+        self._thread.start()
+
+    # Any thread.
+
+    def post(self, channel: str, message: m.Message) -> bool:
+        """Send when possible. False: too much is waiting, or nobody is there."""
+        if self.state != "ready" or len(self._outbox) >= OUTBOX_MESSAGES:
+            return False
+        self._outbox.append((channel, message))
+        self._wakeup.wake()
+        return True
+
+    def request(self, ref: int, channel: str, message: m.Message) -> queue.SimpleQueue[Answer | None]:
+        """Send and get a queue of the answers; None in it means that gather is lost. End with `forget(ref)`."""
+        answers: queue.SimpleQueue[Answer | None] = queue.SimpleQueue()
+        with self._answers_lock:
+            self._answers[ref] = answers
+        if not self.post(channel, message):
+            answers.put(None)
+        return answers
+
+    def forget(self, ref: int) -> None:
+        """No more answers are wanted."""
+        with self._answers_lock:
+            self._answers.pop(ref, None)
+
+    def wait_ready(self, timeout_s: float) -> bool:
+        """Wait until registered (or refused)."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.state != "absent" or self._stop, timeout_s)
+        return self.state == "ready"
+
+    def close(self, goodbye: m.Message | None) -> None:
+        """Send a last message, stop the thread, drop the maps."""
+        if goodbye is not None:
+            self.post("save", goodbye)
+        self._stop = True
+        self._wakeup.wake()
+        self._thread.join()
+
+    # The link's thread.
+
+    def _run(self) -> None:
+        try:
+            while not self._stop:
+                now_s = time.monotonic()
+                if now_s >= self._next_beat_s:
+                    self._next_beat_s = now_s + self._beat_s
+                    self._beat(now_s)
+                self._send()
+                self._poller.poll(max(0, int((self._next_beat_s - time.monotonic()) * 1000)) if not self._outbox else 0)
+                self._wakeup.clear()
+                self._receive()
+            self._send()
+        finally:
+            self._set_state("absent", "closed")
+            self._fail_all()
+            self._close_client()
+            self._wakeup.close()
+            if self.attachment is not None:
+                self.attachment.retire()
+
+    def _set_state(self, state: str, reason: str) -> None:
+        with self._changed:
+            self.state, self.reason = state, reason
+            self._changed.notify_all()
+
+    def _beat(self, now_s: float) -> None:
+        if self.state == "ready" and now_s - self._last_pong_s > MISSED_BEATS * self._beat_s:
+            self._lost("no answer from gather")
+        if self.state == "refused":
+            return
+        if self.state == "absent":
+            self._attach()
+            if self.attachment is not None and self._client is not None:
+                self._client.send("load", self._hello(self.attachment))
+        elif self._client is not None and self.attachment is not None:
+            self._client.send("load", m.Ping(session=self.attachment.session.id, sent_ns=time.monotonic_ns()))
+        self._on_beat(self.attachment)
+
+    def _attach(self) -> None:
+        """Map the node that is there now; keep the maps when it is still the same one."""
+        try:
+            info = NodeInfo.read(self._run_dir)
+            if self.attachment is not None and (info.created, info.arena_id) == self._node:
+                return
+            fresh = Attachment(info)
+        except (LmpipeError, OSError) as error:
+            if str(error) != self.reason:
+                log.info("lmpipe is not there: %s", error)
+                self._set_state("absent", str(error))
+            return
+        self._node = (info.created, info.arena_id)
+        old, self.attachment = self.attachment, fresh
+        if old is not None:
+            old.retire()
+        self._beat_s = info.topology.heartbeat_ms / 1000
+        self._close_client()
+        self._client = Client(info.endpoints["gather"], identity=fresh.session.id)
+        self._poller.add(self._client)
+
+    def _close_client(self) -> None:
+        if self._client is not None:
+            self._poller.remove(self._client)
+            self._client.close()
+            self._client = None
+
+    def _send(self) -> None:
+        while self._outbox and self._client is not None and self.state == "ready":
+            channel, message = self._outbox.popleft()
+            if not self._client.send(channel, message):
+                self._refuse(message)
+
+    def _refuse(self, message: m.Message) -> None:
+        """A message could not leave: whoever waits for its answer learns it at once."""
+        session = message.session
+        if isinstance(message, m.Save):
+            self._on_message(m.SaveDropped(session, message.save_id, "dram", "gather busy", message.chunks))
+        elif isinstance(message, m.Load):
+            self._answer(message.load_id, m.LoadFailed(session, message.load_id, "gather busy", message.chunks))
+
+    def _receive(self) -> None:
+        while self._client is not None:
+            message = self._client.recv()
+            if message is None:
+                return
+            self._dispatch(message)
+
+    def _dispatch(self, message: m.Message) -> None:
+        match message:
+            case m.Pong():
+                self._last_pong_s = time.monotonic()
+                if self.registered is not None and message.session != self.registered.session:
+                    self._lost("gather was restarted")
+                    self._next_beat_s = 0.0
+            case m.Registered() if self.attachment is not None:
+                self._last_pong_s = time.monotonic()
+                self.registered = message
+                self._on_ready(self.attachment, message)
+                self._set_state("ready", "")
+            case m.Refused(about="Register"):
+                log.warning("lmpipe refused this engine, nothing will be cached: %s", message.reason)
+                self._set_state("refused", message.reason)
+            case m.Refused():
+                self._answer(message.ref, None)
+                self._on_message(message)
+            case m.Loaded() | m.LoadFailed():
+                self._answer(message.load_id, message)
+            case m.Invalidated() | m.Pinned():
+                self._answer(message.ref, message)
+            case _:
+                self._on_message(message)
+
+    def _answer(self, ref: int, answer: Answer | None) -> None:
+        with self._answers_lock:
+            waiting = self._answers.get(ref)
+        if waiting is not None:
+            waiting.put(answer)
+
+    def _fail_all(self) -> None:
+        self._outbox.clear()
+        with self._answers_lock:
+            waiting = list(self._answers.values())
+        for answers in waiting:
+            answers.put(None)
+
+    def _lost(self, reason: str) -> None:
+        log.info("lmpipe is gone (%s); the engine computes on", reason)
+        self.registered = None
+        self._set_state("absent", reason)
+        self._fail_all()
+        self._on_lost(reason)
+
+
+def slots_of(places: Iterable[int]) -> list[Slot]:
+    """Places of a message as slots."""
+    return [Slot.from_place(int(place)) for place in places]

@@ -1,0 +1,159 @@
+"""Loading: the engine's own threads copy held slots into its pages; what lies below DRAM is asked for first and copied as it arrives.
+
+No worker ever writes engine memory, so a late or stopped one cannot hurt. The deadline ends the wait; what has not come is recomputed.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from lmpipe import messages as m
+from lmpipe import native
+from lmpipe.handles import ChunkRecords, Tier
+from lmpipe.producer.attachment import TIERS, Attachment, Found
+from lmpipe.producer.link import Answer, Link
+from lmpipe.producer.saving import PageIds
+
+
+@dataclass(frozen=True, slots=True)
+class LoadResult:
+    """What a load brought: an unbroken run of `tokens` from the start of the prompt; pages after it hold nothing of meaning."""
+
+    tokens: int
+    chunks: int
+    nbytes: int
+    by_tier: dict[Tier, int]
+    reason: str
+    """Why it is less than was found; empty when it is not."""
+    seconds: float
+
+
+@dataclass(slots=True)
+class _Arrivals:
+    """Chunks expected from below, by key."""
+
+    waiting: dict[bytes, int]
+    done: npt.NDArray[np.bool_]
+    failed: set[str] = field(default_factory=set[str])
+
+
+class Loader:
+    """The load side of one producer."""
+
+    def __init__(self, link: Link, copy_threads: int) -> None:
+        self._link = link
+        self._copier = native.Copier(copy_threads)
+
+    def load(self, load_id: int, found: Found, pool: native.PagePool, page_ids: PageIds, deadline_ns: int) -> LoadResult:
+        """Copy what was found into the engine's pages; see `Producer.load`."""
+        started = time.monotonic()
+        attachment = found.attachment or self._link.attachment
+        count = min(found.chunks, len(page_ids))
+        if not count or attachment is None or not attachment.enter():
+            found.release()
+            return LoadResult(0, 0, 0, {}, "" if not count else "lmpipe absent", 0.0)
+        try:
+            return self._load(attachment, load_id, found, count, pool, page_ids, deadline_ns, started)
+        finally:
+            found.release()
+            self._link.forget(load_id)
+            attachment.leave()
+
+    def _load(
+        self,
+        attachment: Attachment,
+        load_id: int,
+        found: Found,
+        count: int,
+        pool: native.PagePool,
+        page_ids: PageIds,
+        deadline_ns: int,
+        started: float,
+    ) -> LoadResult:
+        done = np.zeros(count, np.bool_)
+        below = np.flatnonzero(found.tiers[:count] != 0)
+        records = found.records[below]
+        arrivals = _Arrivals({key: int(at) for key, at in zip(records["key"].tolist(), below.tolist(), strict=True)}, done)
+        answers: queue.SimpleQueue[Answer | None] | None = None
+        if len(below):
+            ask = m.Load(attachment.session.id, load_id, records, "arena", deadline_ns)
+            answers = self._link.request(load_id, "load", ask)
+        if found.holds is not None:
+            held = found.dram[found.dram < count]
+            self._scatter(attachment, found.records[held], pool, page_ids[held])
+            if found.holds.lost:
+                arrivals.failed.add("hold lost")
+            else:
+                done[held] = True
+        if answers is not None:
+            self._await(attachment, load_id, arrivals, answers, pool, page_ids, deadline_ns)
+        chunks = count if done.all() else int(np.argmin(done))
+        tiers = np.bincount(found.tiers[:chunks], minlength=len(TIERS))
+        by_tier = {tier: int(tiers[i]) for i, tier in enumerate(TIERS) if tiers[i]}
+        reason = "" if chunks == count else ", ".join(sorted(arrivals.failed)) or "not found below"
+        nbytes = int(found.records["raw_bytes"][:chunks].sum())
+        return LoadResult(chunks * found.chunk_tokens, chunks, nbytes, by_tier, reason, time.monotonic() - started)
+
+    def _await(
+        self,
+        attachment: Attachment,
+        load_id: int,
+        arrivals: _Arrivals,
+        answers: queue.SimpleQueue[Answer | None],
+        pool: native.PagePool,
+        page_ids: PageIds,
+        deadline_ns: int,
+    ) -> None:
+        while arrivals.waiting:
+            left_s = (deadline_ns - time.monotonic_ns()) / 1e9
+            try:
+                answer = answers.get(timeout=max(left_s, 0.0)) if left_s > 0 else answers.get_nowait()
+            except queue.Empty:
+                arrivals.failed.add("deadline")
+                self._link.post("load", m.Cancel(attachment.session.id, load_id))
+                return
+            match answer:
+                case m.Loaded():
+                    self._arrived(attachment, load_id, arrivals, answer.chunks, pool, page_ids)
+                case m.LoadFailed():
+                    arrivals.failed.add(answer.reason)
+                    for key in answer.chunks["key"].tolist():
+                        arrivals.waiting.pop(key, None)
+                case _:
+                    arrivals.failed.add("lmpipe lost")
+                    return
+
+    def _arrived(
+        self,
+        attachment: Attachment,
+        load_id: int,
+        arrivals: _Arrivals,
+        chunks: ChunkRecords,
+        pool: native.PagePool,
+        page_ids: PageIds,
+    ) -> None:
+        at = np.array([arrivals.waiting.pop(key, -1) for key in chunks["key"].tolist()], np.intp)
+        chunks, at = chunks[at >= 0], at[at >= 0]
+        places = chunks["place"]
+        slots, generations = (places >> np.uint64(32)).astype(np.uint32), places.astype(np.uint32)
+        holds = attachment.holds.take(attachment.arena, slots, generations, load_id)
+        held = len(holds)
+        if held < len(at):
+            arrivals.failed.add("evicted before it was copied")
+        self._scatter(attachment, chunks[:held], pool, page_ids[at[:held]])
+        if holds.lost:
+            arrivals.failed.add("hold lost")
+        else:
+            arrivals.done[at[:held]] = True
+        attachment.holds.release(holds)
+
+    def _scatter(self, attachment: Attachment, records: ChunkRecords, pool: native.PagePool, page_ids: PageIds) -> None:
+        if len(records):
+            arena = attachment.arena
+            offsets = np.array([arena.offset(place >> 32) for place in records["place"].tolist()], np.uint64)
+            self._copier.scatter(pool, np.ascontiguousarray(page_ids), arena.region, offsets)

@@ -1,0 +1,444 @@
+"""gather: engine pages → arena slots on the way down, reserved slots and promotion on the way up. Owns the DRAM tier.
+
+    Save (slots)  ─▶ check the lease, commit, Saved ─┐
+    Save (pages)  ─▶ lease, copy, check the grant ───┴─▶ pending ─▶ Save to the stage below ─▶ Persisted ─▶ clear the bit
+    Load          ─▶ there? on its way? else reserve a slot, ask below ─▶ Loaded ─▶ commit, answer who waits
+
+The only writer of the arena's allocator and of the `dram` index. It reads engine pages and never writes them.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+
+from lmpipe import messages as m
+from lmpipe import native
+from lmpipe.errors import LmpipeError
+from lmpipe.handles import ChunkRecords, SessionId, Slot, Tier
+from lmpipe.index import IndexReader, index_keys
+from lmpipe.lifecycle import SlotEvent, SlotState
+from lmpipe.shm.descriptor import PENDING_REMOTE, PENDING_SSD
+from lmpipe.shm.hold import HoldScanner
+from lmpipe.shm.session import SessionDir
+from lmpipe.stages.base import Context, Peer
+from lmpipe.stages.gather.loads import Loads, Waiter, joined, names_of
+from lmpipe.stages.gather.outflow import Name, Outflow
+from lmpipe.stages.gather.producers import Engine, MappedSave, Producers
+from lmpipe.tiers.dram import DramTier
+
+PENDING = {Tier.SSD: PENDING_SSD, Tier.REMOTE: PENDING_REMOTE}
+SWEEP_S = 1.0
+COPIES_AT_ONCE = 1
+
+
+@dataclass(slots=True)
+class _Recall:
+    """An Invalidate that went down and is not answered yet."""
+
+    peer: Peer
+    ref: int
+    removed: int
+
+
+class Gather:
+    """The stage. `below` has an index reader for each tier below DRAM; `leases` is what each engine is lent at most."""
+
+    name = "gather"
+
+    def __init__(
+        self,
+        context: Context,
+        dram: DramTier,
+        below: dict[Tier, IndexReader],
+        holds: HoldScanner,
+        sessions: SessionDir,
+        *,
+        chunk_tokens: int,
+        leases: int,
+        max_producers: int,
+        copy_threads: int,
+    ) -> None:
+        self._context, self._dram, self._holds = context, dram, holds
+        self._chunk_tokens = chunk_tokens
+        self._bits = sum(PENDING[tier] for tier in below)
+        self._producers = Producers(dram, sessions.alive, max_producers, leases)
+        self._loads = Loads(dram, below, sessions.alive)
+        self._outflow = Outflow(dram, self._send_down)
+        self._copier = native.Copier(copy_threads)
+        self._copying = 0
+        self._recalls: dict[int, _Recall] = {}
+        self._next_id = 0
+        self._next_sweep_s = 0.0
+        holds.refresh()  # before anything can be evicted: holds of living engines count from the first moment
+        found = dram.arena.recover(sessions.alive, holds.held())
+        pending = dram.load_rows(found.committed, found.doomed)
+        self._producers.adopt(found.leased)
+        self._outflow.add(names_of(joined([dram.arena.record(slot).tobytes() for slot in pending])))
+        context.count("recovered_chunks", len(found.committed))
+
+    # Messages.
+
+    def handle(self, peer: Peer | None, message: m.Message) -> None:
+        """One message from an engine (`peer`) or from the stage below (None)."""
+        match message:
+            case m.Persisted():
+                self._taken(message.tier, message.chunks)
+            case m.SaveDropped():
+                self._refused_below(message)
+            case m.Loaded():
+                self._loaded(message.chunks)
+            case m.LoadFailed():
+                self._load_failed(message.reason, message.chunks)
+            case m.Invalidated():
+                self._recalled(message)
+            case _ if peer is not None:
+                self._request(peer, message)
+            case _:
+                self._context.count("unexpected_messages")
+
+    def _request(self, peer: Peer, message: m.Message) -> None:
+        match message:
+            case m.Register():
+                self._register(peer, message)
+            case m.Save():
+                self._save(peer, message)
+            case m.Load():
+                self._load(Waiter(peer, SessionId(message.session), message.load_id, message.deadline_ns), message.chunks)
+            case m.Prefetch():
+                self._load(Waiter(None, SessionId(message.session), 0, 0), message.chunks)
+            case m.Cancel():
+                self._loads.cancel(message.session, message.load_id)
+            case m.Touch():
+                self._dram.touch(index_keys(message.chunks))
+            case m.Pin():
+                until_s = self._context.now_s() + message.ttl_s if message.pin else 0.0
+                count = self._dram.pin(index_keys(message.chunks), until_s)
+                self._context.reply(peer, m.Pinned(self._session, message.ref, count))
+            case m.Invalidate():
+                self._invalidate(peer, message)
+            case m.Release():
+                self._released(message)
+            case _:
+                self._context.reply(peer, m.Refused(self._session, type(message).__name__, 0, "gather does not serve this"))
+
+    @property
+    def _session(self) -> SessionId:
+        return self._context.session
+
+    def _register(self, peer: Peer, message: m.Register) -> None:
+        if m.VERSION not in message.versions:
+            reason = f"this node speaks version {m.VERSION}, the engine {message.versions}: use the same lmpipe on both sides"
+            self._context.reply(peer, m.Refused(self._session, "Register", 0, reason))
+            return
+        self._holds.refresh()  # mapped before the first hold can be taken
+        try:
+            engine = self._producers.register(message, peer)
+        except LmpipeError as error:
+            self._context.reply(peer, m.Refused(self._session, "Register", 0, str(error)))
+            return
+        self._commit(self._producers.written(engine), engine)
+        self._producers.top_up(engine)
+        places = np.array([slot.place for slot in self._producers.unused(engine)], np.uint64)
+        self._context.reply(peer, m.Registered(self._session, m.VERSION, message.chunk_tokens, engine.chunk_bytes, places))
+
+    # Saves.
+
+    def _save(self, peer: Peer, message: m.Save) -> None:
+        engine = self._producers.get(message.session)
+        if engine is None:
+            self._context.reply(peer, m.Refused(self._session, "Save", message.save_id, "not registered"))
+        elif message.segment == "arena":
+            self._save_slots(engine, peer, message)
+        elif message.segment == "pages" and engine.pool is not None:
+            engine.saves.append(MappedSave(message, peer))
+        else:
+            self._context.reply(peer, m.Refused(self._session, "Save", message.save_id, f"no segment {message.segment!r}"))
+
+    def _save_slots(self, engine: Engine, peer: Peer, message: m.Save) -> None:
+        slots = [Slot.from_place(place) for place in message.chunks["place"].tolist()]
+        keys = message.chunks["key"].tolist()
+        fits = np.array([self._is_written(engine, slot, key) for slot, key in zip(slots, keys, strict=True)], np.bool_)
+        self._commit([slot.index for slot, fit in zip(slots, fits, strict=True) if fit], engine)
+        self._answer_save(peer, message.save_id, message.chunks[fits])
+        if not fits.all():
+            self._drop(peer, message.save_id, "stale lease", message.chunks[~fits])
+        fresh = self._producers.top_up(engine)
+        if fresh:
+            self._context.reply(engine.peer, m.Credit(self._session, np.array([slot.place for slot in fresh], np.uint64)))
+
+    def _is_written(self, engine: Engine, slot: Slot, key: bytes) -> bool:
+        """The slot header is the truth: lent to this engine, closed, in this life of the slot, for this key, of the agreed size."""
+        arena = self._dram.arena
+        if slot.index not in engine.leases or arena.state(slot.index) != (slot.generation, SlotState.READY):
+            return False
+        record = arena.record(slot.index)
+        return record["key"].tobytes() == key and int(record["nbytes"]) == int(record["raw_bytes"]) == engine.chunk_bytes
+
+    def _commit(self, slots: list[int], engine: Engine) -> None:
+        engine.leases.difference_update(slots)
+        self._make_visible(slots, self._bits, engine.session)
+
+    def _make_visible(self, slots: list[int], bits: int, saver: SessionId) -> None:
+        if not slots:
+            return
+        done = self._dram.commit(slots, bits, saver)
+        self._context.count("committed_chunks", len(done))
+        self._context.count("known_chunks", len(slots) - len(done))
+        if bits:
+            self._outflow.add(names_of(joined([self._dram.arena.record(slot).tobytes() for slot in done])))
+            self._outflow.pump()
+
+    def _answer_save(self, peer: Peer, save_id: int, chunks: ChunkRecords) -> None:
+        """Saved means that a lookup finds it now: say it only of what the tier really has."""
+        has = np.array([self._dram.has(*name) for name in names_of(chunks)], np.bool_)
+        if has.any():
+            self._context.reply(peer, m.Saved(self._session, save_id, chunks[has]))
+        if not has.all():
+            self._drop(peer, save_id, "the DRAM index is full", chunks[~has])
+
+    def _drop(self, peer: Peer, save_id: int, reason: str, chunks: ChunkRecords) -> None:
+        self._context.count("dropped_chunks", len(chunks))
+        self._context.reply(peer, m.SaveDropped(self._session, save_id, Tier.DRAM, reason, chunks))
+
+    def _copy_next(self) -> bool:
+        """Start copying the next piece of a mapped save. Returns whether there was one."""
+        turn = self._producers.next_save()
+        if turn is None:
+            return False
+        engine, save, count = turn
+        message, pool = save.message, engine.pool
+        part = slice(save.at, save.at + count)
+        save.at += count
+        if save.at == len(message.chunks):
+            engine.saves.popleft()
+        chunks, page_ids = message.chunks[part], message.page_ids[part]
+        known = np.array([self._dram.has(*name) for name in names_of(chunks)], np.bool_)
+        if known.any():
+            self._context.count("known_chunks", int(known.sum()))
+            self._context.reply(save.peer, m.Saved(self._session, message.save_id, chunks[known]))
+        chunks, page_ids = chunks[~known], np.ascontiguousarray(page_ids[~known])
+        if not self._granted(engine, message):
+            self._drop(save.peer, message.save_id, "revoked", chunks)
+            return True
+        slots: list[Slot] = []
+        for _ in range(len(chunks)):
+            slot = self._dram.reserve(engine.chunk_bytes, self._session)
+            if slot is None:
+                break
+            self._dram.arena.advance(slot, SlotEvent.OPEN)
+            slots.append(slot)
+        if len(slots) < len(chunks):
+            self._drop(save.peer, message.save_id, "no room in DRAM", chunks[len(slots) :])
+        if not slots or pool is None:
+            return True
+        chunks, page_ids = chunks[: len(slots)], page_ids[: len(slots)]
+        arena = self._dram.arena
+        offsets = np.array([arena.offset(slot.index) for slot in slots], np.uint64)
+        self._copying += 1
+        self._context.submit(
+            lambda: self._copier.gather(pool, page_ids, arena.region, offsets),
+            lambda _: self._copied(engine, save, slots, chunks, ""),
+            lambda error: self._copied(engine, save, slots, chunks, str(error)),
+            "gather.copy",
+        )
+        return True
+
+    def _granted(self, engine: Engine, message: m.Save) -> bool:
+        native.fence()  # every byte that was copied was read before the grant is
+        return self._holds.granted(engine.session, message.grant) == message.save_id
+
+    def _copied(self, engine: Engine, save: MappedSave, slots: list[Slot], chunks: ChunkRecords, error: str) -> None:
+        self._copying -= 1
+        message, arena = save.message, self._dram.arena
+        if error or not self._granted(engine, message):
+            for slot in slots:
+                arena.free(slot)
+            self._drop(save.peer, message.save_id, error or "revoked", chunks)
+            return
+        for slot, record in zip(slots, chunks, strict=True):
+            record = record.copy()
+            record["place"] = slot.place
+            arena.set_record(slot.index, record)
+            arena.advance(slot, SlotEvent.CLOSE)
+        self._make_visible([slot.index for slot in slots], self._bits, engine.session)
+        self._answer_save(save.peer, message.save_id, chunks)
+
+    def _released(self, message: m.Release) -> None:
+        engine = self._producers.get(message.session)
+        if engine is None or message.segment != "arena":
+            return
+        for slot in (Slot.from_place(place) for place in message.places.tolist()):
+            if slot.index in engine.leases and self._dram.arena.state(slot.index)[0] == slot.generation:
+                engine.leases.discard(slot.index)
+                self._dram.arena.free(slot)
+
+    # What the tiers below say.
+
+    def _send_down(self, records: ChunkRecords) -> bool:
+        self._next_id += 1
+        return bool(self._context.chain) and self._context.down(
+            "save", m.Save(self._session, self._next_id, "arena", records)
+        )
+
+    def _taken(self, tier: Tier, chunks: ChunkRecords) -> None:
+        self._context.count(f"persisted_{tier}_chunks", len(chunks))
+        for saver, part in self._answered(tier, chunks).items():
+            engine = self._producers.get(saver)
+            if engine is not None:
+                self._context.reply(engine.peer, m.Persisted(self._session, tier, part))
+
+    def _refused_below(self, message: m.SaveDropped) -> None:
+        self._context.count(f"refused_{message.tier}_chunks", len(message.chunks))
+        for saver, part in self._answered(message.tier, message.chunks).items():
+            engine = self._producers.get(saver)
+            if engine is not None:
+                self._context.reply(engine.peer, m.SaveDropped(self._session, 0, message.tier, message.reason, part))
+
+    def _answered(self, tier: Tier, chunks: ChunkRecords) -> dict[SessionId, ChunkRecords]:
+        by_saver: dict[SessionId, list[int]] = defaultdict(list)
+        for at, name in enumerate(names_of(chunks)):
+            saver = self._outflow.answered(name, PENDING[tier])
+            if saver:
+                by_saver[saver].append(at)
+        self._outflow.pump()
+        return {saver: chunks[places] for saver, places in by_saver.items()}
+
+    # Loads.
+
+    def _load(self, waiter: Waiter, chunks: ChunkRecords) -> None:
+        asked = self._loads.ask(waiter, chunks, self._context.chain)
+        if asked.ready:
+            self._tell_loaded(waiter, joined(asked.ready))
+        for reason, records in asked.failed.items():
+            self._tell_failed(waiter, reason, joined(records))
+        if asked.down:
+            self._next_id += 1
+            records = joined(asked.down)
+            message = m.Load(self._session, self._next_id, records, "arena", waiter.deadline_ns)
+            if not self._context.down("load", message):
+                self._load_failed("the stage below is busy", records)
+
+    def _loaded(self, chunks: ChunkRecords) -> None:
+        landed = self._loads.landed(chunks)
+        by_bits: dict[int, list[int]] = defaultdict(list)
+        for _, flight in landed:
+            if flight.unwanted:
+                self._dram.arena.free(flight.slot)
+            else:  # what came from the remote tier is worth keeping on the SSD as well
+                bits = self._bits & PENDING_SSD if flight.tier is Tier.REMOTE else 0
+                by_bits[bits].append(flight.slot.index)
+        for bits, slots in by_bits.items():
+            self._make_visible(slots, bits, SessionId(0))
+        answers: dict[int, tuple[Waiter, list[bytes]]] = {}
+        for name, _ in landed:
+            row = self._dram.row(name[0])
+            for waiter, _ in self._loads.settle(name):
+                if row is None or name[1] not in row.records:
+                    continue  # invalidated on the way: the deadline answers
+                answers.setdefault(id(waiter), (waiter, []))[1].append(row.records[name[1]])
+        self._context.count("promoted_chunks", len(landed))
+        for waiter, records in answers.values():
+            self._tell_loaded(waiter, joined(records))
+
+    def _load_failed(self, reason: str, chunks: ChunkRecords) -> None:
+        for name, place in zip(names_of(chunks), chunks["place"].tolist(), strict=True):
+            self._give_up(name, reason, place)
+
+    def _give_up(self, name: Name, reason: str, place: int | None = None) -> None:
+        for waiter, record in self._loads.give_up(name, place):
+            self._tell_failed(waiter, reason, joined([record]))
+
+    def _tell_loaded(self, waiter: Waiter, chunks: ChunkRecords) -> None:
+        if waiter.peer is not None:
+            self._context.reply(waiter.peer, m.Loaded(self._session, waiter.load_id, "arena", chunks))
+
+    def _tell_failed(self, waiter: Waiter, reason: str, chunks: ChunkRecords) -> None:
+        self._context.count("load_failed_chunks", len(chunks))
+        if waiter.peer is not None:
+            self._context.reply(waiter.peer, m.LoadFailed(self._session, waiter.load_id, reason, chunks))
+
+    # Invalidation.
+
+    def _invalidate(self, peer: Peer, message: m.Invalidate) -> None:
+        removed = 0
+        keys = set(index_keys(message.chunks)) if len(message.chunks) else None
+        self._loads.invalidate(keys)
+        if Tier.DRAM in message.tiers:
+            removed = self._dram.drop(keys if keys is not None else self._dram.keys(message.namespace))
+        if not self._context.chain or set(message.tiers) <= {Tier.DRAM}:
+            self._context.reply(peer, m.Invalidated(self._session, message.ref, removed))
+            return
+        self._next_id += 1
+        self._recalls[self._next_id] = _Recall(peer, message.ref, removed)
+        # Behind the saves that went before it: none of them may bring back what is being removed.
+        recall = m.Invalidate(self._session, self._next_id, message.namespace, message.tiers, message.chunks)
+        if not self._context.down("save", recall):
+            del self._recalls[self._next_id]
+            self._context.reply(peer, m.Refused(self._session, "Invalidate", message.ref, "the tiers below take nothing now"))
+
+    def _recalled(self, message: m.Invalidated) -> None:
+        recall = self._recalls.pop(message.ref, None)
+        if recall is not None:
+            self._context.reply(recall.peer, m.Invalidated(self._session, recall.ref, recall.removed + message.removed))
+
+    # Time, and the stage below.
+
+    def step(self, now_s: float) -> float | None:
+        """One bounded piece of work; seconds until the next is due."""
+        if now_s >= self._next_sweep_s:
+            self._next_sweep_s = now_s + SWEEP_S
+            self._sweep()
+        for waiter in self._loads.expired(int(now_s * 1e9)):
+            self._tell_failed(waiter, "deadline", joined(list(waiter.names.values())))
+        self._outflow.pump()
+        started = self._copying < COPIES_AT_ONCE and self._copy_next()
+        evicted = self._dram.take_evicted()
+        if len(evicted):
+            self._context.count("evicted_chunks", len(evicted))
+            for engine in self._producers:
+                self._context.reply(engine.peer, m.Evicted(self._session, Tier.DRAM, evicted))
+        if started:
+            return 0.0
+        due_s = self._next_sweep_s - now_s
+        deadline_ns = self._loads.next_deadline_ns()
+        return min(due_s, deadline_ns / 1e9 - now_s) if deadline_ns else due_s
+
+    def _sweep(self) -> None:
+        """Once a second: what the dead held comes back, doomed slots that are held no more are freed, figures are published."""
+        self._producers.bury()
+        self._holds.refresh()
+        for name in self._loads.orphans():
+            self._give_up(name, "the stage that read it died")
+        self._dram.tick()
+        arena = self._dram.arena
+        self._context.gauge("dram_used_bytes", arena.used_bytes)
+        self._context.gauge("dram_capacity_bytes", arena.capacity_bytes)
+        self._context.gauge("dram_rows", len(self._dram))
+        self._context.gauge("unpersisted_rows", self._dram.unpersisted)
+        self._context.gauge("producers", len(self._producers))
+
+    def below_changed(self, chain: dict[str, SessionId]) -> None:
+        """The sessions below are others now, or none: what was sent to the old ones is sent again, what they were to load fails."""
+        for name in self._loads.orphans():
+            self._give_up(name, "the stage that read it died")
+        self._outflow.restart()
+        for recall in self._recalls.values():
+            self._context.reply(recall.peer, m.Refused(self._session, "Invalidate", recall.ref, "a tier below went away"))
+        self._recalls.clear()
+
+    def accepts_saves(self) -> bool:
+        """False while enough mapped saves wait: the socket holds the rest back."""
+        return sum(len(engine.saves) for engine in self._producers) < 4 * max(len(self._producers), 1)
+
+    def busy(self) -> bool:
+        """Whether something is still on its way down or being copied."""
+        waiting = any(engine.saves for engine in self._producers)
+        return bool(self._copying or waiting or (self._context.chain and self._outflow.waiting))
+
+    def close(self) -> None:
+        """Unmap the engines' pages."""
+        for engine in self._producers:
+            engine.close()

@@ -1,0 +1,194 @@
+"""Loads from below DRAM: destination slots, who writes them, who waits for them.
+
+The slot of a load is leased to the stage that will write it, so it comes back when that stage says it failed or when its session is dead,
+and only then. A deadline ends the waiting, not the lease: what arrives late is committed all the same, for the next request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from lmpipe.handles import CHUNK, ChunkRecords, Codec, SessionId, Slot, Tier
+from lmpipe.index import IndexReader, index_keys, row_records
+from lmpipe.lifecycle import LEASED_STATES, SlotState
+from lmpipe.stages.base import Peer
+from lmpipe.stages.gather.outflow import Name
+from lmpipe.tiers.dram import DramTier
+
+WRITERS = {Tier.SSD: "persist", Tier.REMOTE: "replicate"}
+"""The stage that writes a chunk that is stored raw; encoded ones are written by the decoder."""
+DECODER = "compress"
+
+
+@dataclass(slots=True, eq=False)
+class Waiter:
+    """One producer's load."""
+
+    peer: Peer | None
+    session: SessionId
+    load_id: int
+    deadline_ns: int
+    names: dict[Name, bytes] = field(default_factory=dict[Name, bytes])
+    """The records still awaited, as they were asked for."""
+
+
+@dataclass(slots=True)
+class Flight:
+    """One chunk on its way up."""
+
+    slot: Slot
+    owner: SessionId
+    tier: Tier
+    waiters: list[Waiter] = field(default_factory=list[Waiter])
+    unwanted: bool = False
+    """Invalidated on the way: it is freed when it lands."""
+
+
+@dataclass(slots=True)
+class Asked:
+    """What became of a load request at once."""
+
+    ready: list[bytes] = field(default_factory=list[bytes])
+    failed: dict[str, list[bytes]] = field(default_factory=dict[str, list[bytes]])
+    down: list[bytes] = field(default_factory=list[bytes])
+
+    def fail(self, reason: str, record: bytes) -> None:
+        """One chunk will not come."""
+        self.failed.setdefault(reason, []).append(record)
+
+
+def joined(records: list[bytes]) -> ChunkRecords:
+    """72-byte records as one array."""
+    return np.frombuffer(b"".join(records), CHUNK)
+
+
+def names_of(records: ChunkRecords) -> list[Name]:
+    """Index key and shard of each record."""
+    return list(zip(index_keys(records), records["shard"].tolist(), strict=True))
+
+
+class Loads:
+    """The table of flights. Index rows of the tiers below are read here again: what a producer saw is only a hint."""
+
+    def __init__(self, dram: DramTier, below: dict[Tier, IndexReader], alive: Callable[[SessionId], bool]) -> None:
+        self._dram, self._below, self._alive = dram, below, alive
+        self._flights: dict[Name, Flight] = {}
+        self._waiters: list[Waiter] = []
+
+    def __len__(self) -> int:
+        return len(self._flights)
+
+    def ask(self, waiter: Waiter, records: ChunkRecords, chain: dict[str, SessionId]) -> Asked:
+        """Sort a request: what is in DRAM by now, what is on its way, what has to be asked for, what cannot come."""
+        asked = Asked()
+        for name, record in zip(names_of(records), records, strict=True):
+            raw = record.tobytes()
+            row = self._dram.row(name[0])
+            if row is not None and name[1] in row.records:
+                asked.ready.append(row.records[name[1]])
+                continue
+            flight = self._flights.get(name)
+            if flight is None:
+                flight = self._start(name, raw, chain, asked)
+            if flight is not None and waiter.peer is not None:
+                flight.waiters.append(waiter)
+                waiter.names[name] = raw
+        if waiter.names:
+            self._waiters.append(waiter)
+        self._dram.touch([name[0] for name in names_of(records)])
+        return asked
+
+    def _start(self, name: Name, raw: bytes, chain: dict[str, SessionId], asked: Asked) -> Flight | None:
+        stored = self._stored(name)
+        if stored is None:
+            asked.fail("not stored below", raw)
+            return None
+        tier, record = stored
+        writer = WRITERS[tier] if int(record["codec"]) == Codec.RAW else DECODER
+        owner = chain.get(writer)
+        if owner is None or WRITERS[tier] not in chain:
+            asked.fail(f"{writer} is down", raw)
+            return None
+        slot = self._dram.reserve(int(record["raw_bytes"]), owner)
+        if slot is None:
+            asked.fail("no room in DRAM", raw)
+            return None
+        record = record.copy()
+        record["place"] = slot.place
+        asked.down.append(record.tobytes())
+        flight = self._flights[name] = Flight(slot, owner, tier)
+        return flight
+
+    def _stored(self, name: Name) -> tuple[Tier, np.void] | None:
+        for tier, reader in self._below.items():
+            for row in reader.run([name[0]]):
+                for record in row_records(row):
+                    if int(record["shard"]) == name[1]:
+                        return tier, record
+        return None
+
+    def landed(self, records: ChunkRecords) -> list[tuple[Name, Flight]]:
+        """Flights whose slots are fully written; the caller commits them and then tells `settle`."""
+        done: list[tuple[Name, Flight]] = []
+        for name, place in zip(names_of(records), records["place"].tolist(), strict=True):
+            flight = self._flights.get(name)
+            if flight is None or flight.slot.place != place:
+                continue  # an answer to a flight that was given up when its writer died
+            if self._dram.arena.state(flight.slot.index) == (flight.slot.generation, SlotState.READY):
+                done.append((name, flight))
+        return done
+
+    def settle(self, name: Name) -> list[tuple[Waiter, bytes]]:
+        """End a flight. Returns who waited for it, each with the record as it asked for it."""
+        flight = self._flights.pop(name, None)
+        if flight is None:
+            return []
+        waited = [(waiter, waiter.names.pop(name)) for waiter in flight.waiters]
+        self._waiters = [waiter for waiter in self._waiters if waiter.names]
+        return waited
+
+    def give_up(self, name: Name, place: int | None = None) -> list[tuple[Waiter, bytes]]:
+        """The writer failed (and so returned the lease) or is dead: free the slot. Returns who waited, as `settle`."""
+        flight = self._flights.get(name)
+        if flight is None or (place is not None and flight.slot.place != place):
+            return []
+        if self._dram.arena.state(flight.slot.index)[1] in LEASED_STATES:
+            self._dram.arena.free(flight.slot)
+        return self.settle(name)
+
+    def orphans(self) -> list[Name]:
+        """Flights whose writer is dead."""
+        dead = {owner for owner in {flight.owner for flight in self._flights.values()} if not self._alive(owner)}
+        return [name for name, flight in self._flights.items() if flight.owner in dead]
+
+    def expired(self, now_ns: int) -> list[Waiter]:
+        """Waiters whose deadline has passed; they are forgotten, their flights go on."""
+        late = [waiter for waiter in self._waiters if waiter.deadline_ns and waiter.deadline_ns <= now_ns]
+        for waiter in late:
+            self._forget(waiter)
+        return late
+
+    def cancel(self, session: int, load_id: int) -> None:
+        """Nobody waits for this load any more."""
+        for waiter in [w for w in self._waiters if w.session == session and w.load_id == load_id]:
+            self._forget(waiter)
+
+    def _forget(self, waiter: Waiter) -> None:
+        for name in waiter.names:
+            flight = self._flights.get(name)
+            if flight is not None and waiter in flight.waiters:
+                flight.waiters.remove(waiter)
+        self._waiters.remove(waiter)
+
+    def next_deadline_ns(self) -> int:
+        """The earliest deadline, 0 for none."""
+        return min((waiter.deadline_ns for waiter in self._waiters if waiter.deadline_ns), default=0)
+
+    def invalidate(self, keys: set[bytes] | None) -> None:
+        """Chunks on their way that must not land: those of these keys, or all."""
+        for name, flight in self._flights.items():
+            if keys is None or name[0] in keys:
+                flight.unwanted = True

@@ -1,0 +1,79 @@
+"""What DRAM has and the tiers below do not have yet: sent down in a bounded window, and sent again when the stage below starts anew.
+
+The pending bits in the slot headers are the truth and outlive gather; this is the queue over them.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+import numpy as np
+
+from lmpipe.handles import CHUNK, ChunkRecords, SessionId
+from lmpipe.tiers.dram import DramTier
+
+WINDOW_CHUNKS = 64
+GROUP_CHUNKS = 8
+
+Name = tuple[bytes, int]
+"""Index key and shard of a chunk."""
+
+
+class Outflow:
+    """`send` hands records to the stage below; False: it takes no more now."""
+
+    def __init__(self, dram: DramTier, send: Callable[[ChunkRecords], bool]) -> None:
+        self._dram, self._send = dram, send
+        self._backlog: deque[Name] = deque()
+        self._sent: dict[Name, tuple[int, SessionId]] = {}
+
+    @property
+    def waiting(self) -> int:
+        """Chunks not answered by every tier below."""
+        return len(self._backlog) + len(self._sent)
+
+    def add(self, names: list[Name]) -> None:
+        """Chunks that have become pending."""
+        self._backlog.extend(names)
+
+    def pump(self) -> bool:
+        """Send what the window allows. Returns whether anything was sent."""
+        moved = False
+        while self._backlog and len(self._sent) < WINDOW_CHUNKS:
+            group: list[bytes] = []
+            taken: list[tuple[Name, int, SessionId]] = []
+            while self._backlog and len(group) < GROUP_CHUNKS:
+                name = self._backlog.popleft()
+                row = self._dram.row(name[0])
+                if row is None or name[1] not in row.slots:
+                    continue  # evicted before it was its turn
+                bits = self._dram.arena.pending(row.slots[name[1]])
+                if bits:
+                    group.append(row.records[name[1]])
+                    taken.append((name, bits, row.saver))
+            if not group:
+                continue
+            if not self._send(np.frombuffer(b"".join(group), CHUNK)):
+                self._backlog.extendleft(name for name, _, _ in reversed(taken))
+                return moved
+            self._sent.update({name: (bits, saver) for name, bits, saver in taken})
+            moved = True
+        return moved
+
+    def answered(self, name: Name, bit: int) -> SessionId | None:
+        """A tier took or refused a chunk. Returns the session that saved it, once per tier."""
+        self._dram.answered(name[0], name[1], bit)
+        bits, saver = self._sent.get(name, (0, SessionId(0)))
+        if not bits & bit:
+            return None
+        if bits & ~bit:
+            self._sent[name] = (bits & ~bit, saver)
+        else:
+            del self._sent[name]
+        return saver
+
+    def restart(self) -> None:
+        """The stage below is another one now: everything unanswered goes again."""
+        self._backlog.extendleft(reversed(self._sent))
+        self._sent.clear()

@@ -1,0 +1,190 @@
+"""The engines that gather serves: their leases, their mapped pages, and whose save is copied next.
+
+Whatever a dead engine held comes back here, because its session lock is gone, never because time has passed.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from lmpipe import messages as m
+from lmpipe import native
+from lmpipe.errors import LayoutError, SegmentError
+from lmpipe.handles import SessionId, Slot
+from lmpipe.lifecycle import SlotState
+from lmpipe.shm.descriptor import SegmentKind
+from lmpipe.shm.segment import Segment
+from lmpipe.stages.base import Peer
+from lmpipe.tiers.dram import DramTier
+
+QUANTUM_BYTES = 32 << 20
+"""What one engine's saves may copy before the next engine has its turn."""
+LENT_PART = 4
+"""At most one in this many bytes of the arena is lent to engines as leases."""
+
+
+@dataclass(slots=True)
+class MappedSave:
+    """Pages that an engine wants saved; `at` counts the chunks that have been dealt with."""
+
+    message: m.Save
+    peer: Peer
+    at: int = 0
+
+
+@dataclass(slots=True)
+class Engine:
+    """One registered producer."""
+
+    session: SessionId
+    peer: Peer
+    hello: m.Register
+    chunk_bytes: int
+    pool: native.PagePool | None = None
+    pages: Segment | None = None
+    leases: set[int] = field(default_factory=set[int])
+    saves: deque[MappedSave] = field(default_factory=deque[MappedSave])
+    deficit: int = 0
+
+    def close(self) -> None:
+        """Unmap its pages."""
+        self.pool = None
+        if self.pages is not None:
+            self.pages.close()
+            self.pages = None
+
+
+class Producers:
+    """The registry. `alive` says whether a session's lock is still held."""
+
+    def __init__(self, dram: DramTier, alive: Callable[[SessionId], bool], most: int, leases: int) -> None:
+        self._dram, self._alive, self._most, self._leases = dram, alive, most, leases
+        self._engines: dict[SessionId, Engine] = {}
+        self._orphans: dict[SessionId, set[int]] = {}
+        """Leases found in the arena after a restart, whose holders have not registered again."""
+
+    def __len__(self) -> int:
+        return len(self._engines)
+
+    def __iter__(self) -> Iterator[Engine]:
+        return iter(self._engines.values())
+
+    def get(self, session: int) -> Engine | None:
+        """The engine of a session."""
+        return self._engines.get(SessionId(session))
+
+    def adopt(self, leased: dict[SessionId, list[int]]) -> None:
+        """Take over the leases that a former gather granted."""
+        self._orphans = {session: set(slots) for session, slots in leased.items()}
+
+    def register(self, hello: m.Register, peer: Peer) -> Engine:
+        """Enter an engine, or enter it again.
+
+        Raises:
+            LayoutError, SegmentError: what it brings does not fit; the text says what and why.
+        """
+        layout = hello.kv_layout
+        if layout is None:
+            raise LayoutError("a producer has to state its layout")
+        chunk_bytes = layout.chunk_bytes(hello.chunk_tokens)
+        if chunk_bytes > self._dram.arena.capacity_bytes:
+            raise LayoutError(
+                f"a chunk of {hello.chunk_tokens} tokens takes {chunk_bytes} bytes, the arena has"
+                f" {self._dram.arena.capacity_bytes}: raise tiers.dram.capacity or lower chunk_tokens"
+            )
+        session = SessionId(hello.session)
+        if not self._alive(session):
+            raise SegmentError(f"session {session:016x} holds no lock in this node's run directory")
+        old = self._engines.pop(session, None)
+        if old is None and len(self._engines) >= self._most:
+            raise LayoutError(f"{self._most} engines are registered already: raise engines.max_producers")
+        engine = Engine(session, peer, hello, chunk_bytes)
+        if hello.pages is not None:
+            engine.pages, engine.pool = _map(hello.pages, layout.plane_count, layout.page_bytes)
+        engine.leases = old.leases if old is not None else self._orphans.pop(session, set[int]())
+        if old is not None:
+            old.close()
+        self._engines[session] = engine
+        return engine
+
+    def unused(self, engine: Engine) -> list[Slot]:
+        """Its leases that it has not begun to write."""
+        states = ((slot, self._dram.arena.state(slot)) for slot in sorted(engine.leases))
+        return [Slot(slot, generation) for slot, (generation, state) in states if state is SlotState.LEASED]
+
+    def written(self, engine: Engine) -> list[int]:
+        """Its leases that are fully written but were never announced: gather restarted, or the message was lost."""
+        return [slot for slot in sorted(engine.leases) if self._dram.arena.state(slot)[1] is SlotState.READY]
+
+    def top_up(self, engine: Engine) -> list[Slot]:
+        """Lend it slots up to its share. Returns the new ones."""
+        if engine.pool is not None:
+            return []
+        share = self._dram.arena.capacity_bytes // LENT_PART // max(len(self._engines), 1) // engine.chunk_bytes
+        wanted = max(1, min(self._leases, engine.hello.leases, share))
+        fresh: list[Slot] = []
+        while len(engine.leases) < wanted:
+            slot = self._dram.reserve(engine.chunk_bytes, engine.session)
+            if slot is None:
+                break
+            engine.leases.add(slot.index)
+            fresh.append(slot)
+        return fresh
+
+    def next_save(self) -> tuple[Engine, MappedSave, int] | None:
+        """Deficit round-robin over engines with mapped saves: the save to go on with, and how many chunks of it."""
+        for session in list(self._engines):
+            engine = self._engines[session]
+            if not engine.saves:
+                engine.deficit = 0
+                continue
+            self._engines[session] = self._engines.pop(session)  # to the back: the others come first next time
+            engine.deficit += max(QUANTUM_BYTES, engine.chunk_bytes)
+            save = engine.saves[0]
+            count = min(engine.deficit // engine.chunk_bytes, len(save.message.chunks) - save.at)
+            engine.deficit -= count * engine.chunk_bytes
+            return engine, save, count
+        return None
+
+    def bury(self) -> list[Engine]:
+        """Remove engines whose session has ended and free what they held, half-written slots too. Returns them."""
+        dead = [engine for engine in self._engines.values() if not self._alive(engine.session)]
+        for engine in dead:
+            del self._engines[engine.session]
+            engine.close()
+            self._free(engine.leases)
+        for session in [session for session in self._orphans if not self._alive(session)]:
+            self._free(self._orphans.pop(session))
+        return dead
+
+    def _free(self, slots: set[int]) -> None:
+        arena = self._dram.arena
+        for index in slots:
+            generation, state = arena.state(index)
+            if state in (SlotState.LEASED, SlotState.WRITING, SlotState.READY):
+                arena.free(Slot(index, generation))
+
+
+def _map(source: m.PageSource, planes: int, page_bytes: int) -> tuple[Segment, native.PagePool]:
+    """Map an engine's pages read-only and describe them to the copier, which checks every bound."""
+    if len(source.plane_offset) != planes or np.any(source.page_bytes != page_bytes):
+        raise LayoutError(f"pages: {len(source.plane_offset)} planes are described, the layout has {planes} of {page_bytes} bytes a page")
+    segment = Segment.attach(Path(source.segment), SegmentKind.PAGES, id=bytes.fromhex(source.segment_id), readonly=True)
+    try:
+        pool = native.PagePool(
+            [segment.region],
+            np.zeros(planes, np.uint32),
+            source.plane_offset,
+            source.page_stride,
+            source.page_bytes,
+            source.pages,
+        )
+    except ValueError as error:
+        segment.close()
+        raise LayoutError(f"pages: {error}") from error
+    return segment, pool

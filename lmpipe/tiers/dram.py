@@ -1,0 +1,292 @@
+"""The DRAM tier: which chunks lie in the arena, how recently each was wanted, and what goes when room is needed.
+
+A row is one chunk of one prompt with all its shards; it is indexed, pinned and evicted whole. Rows stand in order of use, and a prompt is
+touched from its tail to its head, so that the head is always the more recent: eviction takes a prompt's tail first, and no row outlives
+the prefix it needs. Rows that still have to be persisted wait in a queue of their own and go last.
+
+Eviction removes the row from the index, dooms its slots (no new hold succeeds), and frees them at once or, when a reader still holds one,
+as soon as the hold is gone. Recency lives in this process only; after a restart it is rebuilt from the slot headers.
+
+Owns the `dram` index and the arena's slots. Knows no messages and no engine. Not thread-safe: gather's loop is the only caller.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from lmpipe.handles import CHUNK, ChunkRecords, SessionId, Slot
+from lmpipe.index import IndexWriter, index_key
+from lmpipe.lifecycle import SlotEvent, SlotState
+from lmpipe.shm.slots import SlotOwner
+
+
+class HeldSlots(Protocol):
+    """Tells which slots are held: `shm.hold.HoldScanner`, or a set in a test."""
+
+    def held(self) -> frozenset[int]:
+        """Hold words (slot << 32 | generation) of every living session, read after a fence."""
+        ...
+
+
+@dataclass(slots=True)
+class Row:
+    """One chunk in DRAM. `records` and `slots` are by shard."""
+
+    key: bytes
+    shards: int
+    tick: int
+    saver: SessionId
+    slots: dict[int, int] = field(default_factory=dict[int, int])
+    records: dict[int, bytes] = field(default_factory=dict[int, bytes])
+    pinned_until_s: float = 0.0
+
+    @property
+    def value(self) -> bytes:
+        """The row as the index stores it: the shards' records in order."""
+        return b"".join(self.records[shard] for shard in sorted(self.records))
+
+
+class DramTier:
+    """Rows over an arena. `now_s` is a monotonic clock, for pins."""
+
+    def __init__(self, arena: SlotOwner, index: IndexWriter, held: HeldSlots, now_s: Callable[[], float]) -> None:
+        self.arena = arena
+        self._index = index
+        self._held = held
+        self._now_s = now_s
+        self._clean: OrderedDict[bytes, Row] = OrderedDict()
+        self._dirty: OrderedDict[bytes, Row] = OrderedDict()
+        self._doomed: list[Slot] = []
+        self._tick = 0
+        self.evicted: list[bytes] = []
+        """Records of rows evicted since the caller last took them."""
+
+    def __len__(self) -> int:
+        return len(self._clean) + len(self._dirty)
+
+    @property
+    def unpersisted(self) -> int:
+        """Rows that some tier has still to take."""
+        return len(self._dirty)
+
+    def row(self, key: bytes) -> Row | None:
+        """The row of an index key."""
+        return self._clean.get(key) or self._dirty.get(key)
+
+    def has(self, key: bytes, shard: int) -> bool:
+        """Whether this shard of the chunk is in DRAM."""
+        row = self.row(key)
+        return row is not None and shard in row.records
+
+    def load_rows(self, slots: Iterable[int], doomed: Iterable[int] = ()) -> list[int]:
+        """Rebuild rows from committed slots after a restart, oldest first, tails before heads. Returns the slots with pending bits.
+
+        `doomed` are slots that were on their way out and are still held.
+        """
+        self._doomed = [Slot(slot, self.arena.state(slot)[0]) for slot in doomed]
+        records = [(int(r["saved_at"]), -int(r["position"]), slot) for slot in slots for r in (self.arena.record(slot),)]
+        pending: list[int] = []
+        rows: dict[bytes, bytes] = {}
+        for _, _, slot in sorted(records):
+            row = self._admit(slot, SessionId(0))
+            if row is None:
+                self._doom([slot])  # a second copy of a chunk: two writers were at it when the node died
+                continue
+            rows[row.key] = row.value
+            if self.arena.pending(slot):
+                pending.append(slot)
+        self._index.put(list(rows.items()))
+        self.sweep()
+        return pending
+
+    def commit(self, slots: Sequence[int], pending_bits: int, saver: SessionId) -> list[int]:
+        """Make READY slots visible to lookups: one index transaction. Returns the slots committed; the rest were known and are freed.
+
+        Slots are given in prompt order, so that recency is set from the tail.
+        """
+        rows: dict[bytes, Row] = {}
+        done: list[int] = []
+        for slot in reversed(slots):
+            self.arena.set_pending(slot, pending_bits)
+            generation, _ = self.arena.state(slot)
+            if not self.arena.advance(Slot(slot, generation), SlotEvent.COMMIT):
+                continue
+            row = self._admit(slot, saver)
+            if row is None:
+                self._doom([slot])
+                continue
+            rows[row.key] = row
+            done.append(slot)
+        if not self._index.put([(key, row.value) for key, row in rows.items()]):
+            # The index is full: what no lookup can find must not take room.
+            for key in rows:
+                self._remove(key)
+            done = []
+        self.sweep()
+        return done[::-1]
+
+    def _admit(self, slot: int, saver: SessionId) -> Row | None:
+        """Enter a committed slot into its row; None when that shard is there already."""
+        record = self.arena.record(slot)
+        generation, _ = self.arena.state(slot)
+        record["place"] = Slot(slot, generation).place
+        key, shard = index_key(record.tobytes()), int(record["shard"])
+        row = self.row(key)
+        if row is not None and shard in row.records:
+            return None
+        self._tick += 1
+        if row is None:
+            row = Row(key, int(record["shards"]), self._tick, saver)
+        row.tick = self._tick
+        row.slots[shard] = slot
+        row.records[shard] = record.tobytes()
+        self._file(row)
+        return row
+
+    def _file(self, row: Row) -> None:
+        """Put a row at the recent end of the queue it belongs to."""
+        dirty = any(self.arena.pending(slot) for slot in row.slots.values())
+        into, other = (self._dirty, self._clean) if dirty else (self._clean, self._dirty)
+        other.pop(row.key, None)
+        into[row.key] = row
+        into.move_to_end(row.key)
+
+    def touch(self, keys: Sequence[bytes]) -> None:
+        """Mark a prompt's chunks, given head first, as just used."""
+        for key in reversed(keys):
+            row = self.row(key)
+            if row is not None:
+                self._tick += 1
+                row.tick = self._tick
+                (self._clean if key in self._clean else self._dirty).move_to_end(key)
+
+    def pin(self, keys: Iterable[bytes], until_s: float) -> int:
+        """Keep rows until a time (0: unpin). Returns how many there were."""
+        rows = [row for key in keys if (row := self.row(key)) is not None]
+        for row in rows:
+            row.pinned_until_s = until_s
+        return len(rows)
+
+    def answered(self, key: bytes, shard: int, bits: int) -> Row | None:
+        """A tier below has taken or refused a chunk. Returns the row, or None when it is gone."""
+        row = self.row(key)
+        if row is None or shard not in row.slots:
+            return None
+        if not self.arena.clear_pending(row.slots[shard], bits) and key in self._dirty:
+            self._file(row)
+        return row
+
+    def reserve(self, nbytes: int, owner: SessionId) -> Slot | None:
+        """Lease a slot, evicting what was wanted least. None: everything left is pinned, held or being written."""
+        slot = self.arena.lease(nbytes, owner)
+        if slot is None and self._doomed:
+            self.sweep()
+            slot = self.arena.lease(nbytes, owner)
+        if slot is not None or nbytes > self.arena.capacity_bytes:
+            return slot
+        for victims in self._victims(nbytes):
+            self._evict(victims)
+            slot = self.arena.lease(nbytes, owner)
+            if slot is not None:
+                return slot
+        return None
+
+    def _victims(self, nbytes: int) -> Iterable[list[Row]]:
+        """What to evict, step by step: least recent rows worth `nbytes`; then, if memory is in pieces, the cheapest neighbours."""
+        now_s = self._now_s()
+        batch: list[Row] = []
+        freed = 0
+        for queue in (self._clean, self._dirty):
+            for row in queue.values():
+                if row.pinned_until_s > now_s:
+                    continue
+                batch.append(row)
+                freed += sum(self.arena.capacity(slot) for slot in row.slots.values())
+                if freed >= nbytes:
+                    break
+            if freed >= nbytes:
+                break
+        yield batch
+        by_slot = {slot: row for queue in (self._clean, self._dirty) for row in queue.values() for slot in row.slots.values()}
+        windows = [[by_slot[slot] for slot in window if slot in by_slot] for window in self.arena.window(nbytes)]
+        windows = [rows for rows in windows if rows and all(row.pinned_until_s <= now_s for row in rows)]
+        yield from sorted(windows, key=lambda rows: max(row.tick for row in rows))
+
+    def _evict(self, rows: Iterable[Row]) -> None:
+        gone = [row for row in rows if self._remove(row.key)]
+        for row in gone:
+            self.evicted.extend(row.records.values())
+        self._index.delete([row.key for row in gone])
+        self.sweep()
+
+    def drop(self, keys: Iterable[bytes]) -> int:
+        """Remove rows for good, pinned or not. Returns how many there were."""
+        gone = [key for key in keys if self._remove(key)]
+        self._index.delete(gone)
+        self.sweep()
+        return len(gone)
+
+    def keys(self, namespace: int = 0) -> list[bytes]:
+        """Index keys of all rows, or of those of one namespace id."""
+        rows = (row for queue in (self._clean, self._dirty) for row in queue.values())
+        if not namespace:
+            return [row.key for row in rows]
+        return [row.key for row in rows if int(_first_record(row)["namespace"]) == namespace]
+
+    def _remove(self, key: bytes) -> bool:
+        row = self._clean.pop(key, None) or self._dirty.pop(key, None)
+        if row is None:
+            return False
+        self._doom(row.slots.values())
+        return True
+
+    def _doom(self, slots: Iterable[int]) -> None:
+        for index in slots:
+            generation, _ = self.arena.state(index)
+            slot = Slot(index, generation)
+            if self.arena.advance(slot, SlotEvent.DOOM):
+                self._doomed.append(slot)
+
+    def sweep(self) -> None:
+        """Free doomed slots that nobody holds any more."""
+        if not self._doomed:
+            return
+        held = self._held.held()  # fenced: a hold published before the doom is seen here, a later one sees the doom
+        still: list[Slot] = []
+        for slot in self._doomed:
+            if slot.place in held:
+                still.append(slot)
+            else:
+                self.arena.free(slot)
+        self._doomed = still
+
+    def tick(self) -> None:
+        """To be called every second: free what readers have let go, let the index clear dead readers."""
+        self.sweep()
+        self._index.tick()
+
+    def take_evicted(self) -> ChunkRecords:
+        """Records of the rows evicted since the last call."""
+        records = np.frombuffer(b"".join(self.evicted), CHUNK)
+        self.evicted = []
+        return records
+
+    def audit(self) -> list[str]:
+        """Broken invariants, in words; empty when all is well. For tests and `lmpipe status --check`."""
+        wrong: list[str] = []
+        for queue in (self._clean, self._dirty):
+            for row in queue.values():
+                for shard, index in row.slots.items():
+                    state = self.arena.state(index)[1]
+                    if state is not SlotState.COMMITTED or index_key(self.arena.record(index).tobytes()) != row.key:
+                        wrong.append(f"row {row.key.hex()} shard {shard}: slot {index} is {state.name}")
+        return wrong
+
+
+def _first_record(row: Row) -> np.void:
+    return np.frombuffer(next(iter(row.records.values())), CHUNK)[0]
