@@ -242,6 +242,7 @@ def test_ids_and_counts() -> None:
         **dict.fromkeys(["Loaded", "LoadFailed", "Cancel"], 10),
         **dict.fromkeys(["Invalidate", "Invalidated"], 3),
         **dict.fromkeys(["Drain", "Drained"], 4),
+        **dict.fromkeys(["Pin", "Pinned"], 11),
         "Load": 2**63 - 1,
     }
     assert m.chunk_count(BY_NAME["Save"]) == 3 and m.chunk_count(BY_NAME["Ping"]) == 0
