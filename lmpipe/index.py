@@ -1,0 +1,381 @@
+"""The index: which chunks a tier holds, in LMDB environments that every engine process maps.
+
+One environment per tier and generation, `index/<tier>-<generation>/` in the run directory (tmpfs), written by the
+tier's owner alone:
+
+      data.mdb   anchor ‖ key (20 B)  ->  chunk records (72 B each) of the shards that are there, sorted by shard
+      lock.mdb   reader table
+
+A writer always begins a new generation: it builds the rows aside, then switches the tier's generation word in the node
+segment; readers see the word at their next lookup. Nothing is truncated or resized, because a reader has it mapped, and
+all space is taken when the files are made: a sparse file on a full tmpfs would be SIGBUS in the engine. A lookup takes
+no lock that a writer holds.
+
+Owns the row format and everything LMDB. Does not know what a place in a record means, nor when a row should go.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import lmdb
+import numpy as np
+
+from lmpipe.errors import SegmentError
+from lmpipe.handles import CHUNK, ChunkRecords, Tier, round_up
+from lmpipe.keys import ANCHOR_BYTES, KEY_BYTES
+from lmpipe.rundir import RunDir
+from lmpipe.shm.node import NodeWords
+
+INDEX_KEY_BYTES = ANCHOR_BYTES + KEY_BYTES
+RECORD_BYTES = CHUNK.itemsize
+BATCH_KEYS = 64
+MAX_READERS = 1024
+_SHARD_AT = 24
+_SHARDS_AT = 26
+_RESERVE_PART = 16
+"""One page in this many is kept back from `put`: LMDB copies pages before changing them, so deletes need some too."""
+
+
+def merge_shard(old: bytes | None, record: bytes) -> bytes:
+    """The row `old` with this shard's 72-byte record added or replaced."""
+    if not old or (len(old) == RECORD_BYTES and old[_SHARD_AT:_SHARDS_AT] == record[_SHARD_AT:_SHARDS_AT]):
+        return record
+    parts = {int.from_bytes(r[_SHARD_AT:_SHARDS_AT], "little"): r for r in _split(old)}
+    parts[int.from_bytes(record[_SHARD_AT:_SHARDS_AT], "little")] = record
+    return b"".join(parts[shard] for shard in sorted(parts))
+
+
+def is_complete(row: bytes) -> bool:
+    """Whether every shard of the chunk is there: only then may the row be used."""
+    return len(row) == RECORD_BYTES * int.from_bytes(row[_SHARDS_AT : _SHARDS_AT + 2], "little")
+
+
+def row_records(row: bytes) -> ChunkRecords:
+    """The chunk records of a row, sorted by shard."""
+    return np.frombuffer(row, CHUNK)
+
+
+def index_key(record: bytes) -> bytes:
+    """anchor ‖ key of a 72-byte chunk record."""
+    return record[KEY_BYTES:INDEX_KEY_BYTES] + record[:KEY_BYTES]
+
+
+def index_keys(records: ChunkRecords) -> list[bytes]:
+    """anchor ‖ key of every record."""
+    raw = np.ascontiguousarray(records).view(np.uint8).reshape(len(records), RECORD_BYTES)
+    flat = np.concatenate((raw[:, KEY_BYTES:INDEX_KEY_BYTES], raw[:, :KEY_BYTES]), axis=1).tobytes()
+    return [flat[at : at + INDEX_KEY_BYTES] for at in range(0, len(flat), INDEX_KEY_BYTES)]
+
+
+def _split(row: bytes) -> list[bytes]:
+    return [row[at : at + RECORD_BYTES] for at in range(0, len(row), RECORD_BYTES)]
+
+
+def _directory(run_dir: Path, tier: Tier, generation: int) -> Path:
+    return RunDir(run_dir).index / f"{tier.value}-{generation}"
+
+
+class _Opened:
+    """This process's one environment for a directory: LMDB's locks are the process's, a second one would drop them."""
+
+    __slots__ = ("_directory", "_environment", "_users")
+    _kept: ClassVar[list[lmdb.Environment]] = []
+    _all: ClassVar[dict[Path, _Opened]] = {}
+    _lock: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(self, directory: Path, environment: lmdb.Environment) -> None:
+        self._directory = directory
+        self._environment: lmdb.Environment | None = environment
+        self._users = 0
+
+    @classmethod
+    def acquire(cls, directory: Path, make: Callable[[], lmdb.Environment]) -> _Opened:
+        """The environment of a directory, shared by all writers and readers of this process."""
+        with cls._lock:
+            opened = cls._all.get(directory)
+            if opened is None:
+                opened = cls._all[directory] = cls(directory, make())
+            opened._users += 1
+            return opened
+
+    def release(self) -> None:
+        """One user less; the last one closes it."""
+        with self._lock:
+            self._users -= 1
+            if not self._users and self._environment is not None:
+                del self._all[self._directory]
+                self._environment.close()
+                self._environment = None
+
+    @property
+    def usable(self) -> bool:
+        """Whether `environment` would give one: not after a fork."""
+        return self._environment is not None
+
+    @property
+    def environment(self) -> lmdb.Environment:
+        """The LMDB environment.
+
+        Raises:
+            SegmentError: opened before a fork, by the parent.
+        """
+        if self._environment is None:
+            raise SegmentError(f"{self._directory} was opened by another process, before a fork")
+        return self._environment
+
+    @classmethod
+    def forget_all(cls) -> None:
+        """After a fork, in the child, which opens its own.
+
+        What is closed or freed here clears the parent's slots in the shared reader table. A reader of the parent then
+        misses once and opens again. For a writer that would be fatal, so its environment is kept, and the child, which
+        LMDB does not let open it a second time, misses: workers do not fork.
+        """
+        cls._lock = threading.Lock()
+        for opened in cls._all.values():
+            if opened._environment is not None and not opened._environment.flags()["readonly"]:
+                cls._kept.append(opened._environment)
+            opened._environment = None
+        cls._all.clear()
+
+
+os.register_at_fork(after_in_child=_Opened.forget_all)
+
+
+class IndexWriter:
+    """The rows of one tier, as its owner changes them. Threads of one process may share it.
+
+    The generation under construction is invisible until `publish`.
+
+    Raises:
+        SegmentError: the file system of the run directory has no room for the map.
+    """
+
+    def __init__(
+        self, run_dir: Path, tier: Tier, map_bytes: int, node: NodeWords, *, max_readers: int = MAX_READERS
+    ) -> None:
+        self.tier = tier
+        self.generation = node.index_generation(tier) + 1
+        self._run_dir = run_dir
+        self._node = node
+        self._lock = threading.RLock()
+        self._map_bytes = round_up(map_bytes)
+        self._owed: set[bytes] = set()
+        self._directory = _directory(run_dir, tier, self.generation)
+        if self._directory.exists():  # left by a writer that died before it published
+            shutil.rmtree(self._directory)
+        self._opened: _Opened | None = _Opened.acquire(self._directory, lambda: self._create(max_readers))
+
+    def _create(self, max_readers: int) -> lmdb.Environment:
+        self._directory.mkdir(parents=True, mode=0o700)
+        lock_bytes = round_up(256 + 64 * max_readers)
+        files = os.statvfs(self._directory)
+        free = files.f_bavail * files.f_frsize
+        try:
+            if free < self._map_bytes + lock_bytes:
+                raise OSError(f"only {free} bytes free")
+            # The reader table is written through a mapping, by engines too, so its space is taken before LMDB opens it.
+            # Not after: closing any descriptor of a file drops this process's POSIX locks on it.
+            _allocate(self._directory / "lock.mdb", lock_bytes, os.O_CREAT | os.O_EXCL)
+            environment = lmdb.open(
+                str(self._directory),
+                map_size=self._map_bytes,
+                sync=False,
+                metasync=False,
+                writemap=False,
+                readahead=False,
+                mode=0o600,
+                max_readers=max_readers,
+                max_spare_txns=4,
+            )
+            _allocate(self._directory / "data.mdb", self._map_bytes, 0)
+        except (OSError, lmdb.Error) as error:
+            shutil.rmtree(self._directory, ignore_errors=True)
+            raise SegmentError(
+                f"no room for the {self.tier.value} index: {self._map_bytes + lock_bytes} bytes wanted in"
+                f" {self._run_dir} ({error}); give the file system more room or lower index.map_bytes"
+            ) from error
+        return environment
+
+    @property
+    def environment(self) -> lmdb.Environment:
+        """The LMDB environment.
+
+        Raises:
+            SegmentError: the writer is closed, or belongs to the parent of a forked process.
+        """
+        if self._opened is None:
+            raise SegmentError(f"the {self.tier.value} index is closed")
+        return self._opened.environment
+
+    def put(self, rows: Sequence[tuple[bytes, bytes]]) -> bool:
+        """Store rows (index key, value) in one transaction. False: the map is full and nothing was stored."""
+        with self._lock:
+            if not self._has_room():
+                return False
+            try:
+                with self.environment.begin(write=True) as transaction:
+                    put = transaction.put
+                    for key, value in rows:
+                        put(key, value)
+            except lmdb.MapFullError:
+                return False
+            self._owed.difference_update(key for key, _ in rows)
+            return True
+
+    def delete(self, keys: Sequence[bytes]) -> int:
+        """Delete rows in one transaction; the number that were there.
+
+        With a map so full that not even this is possible (a stopped reader pins old pages), `tick` tries again. Till
+        then readers may find the rows, whose places no longer hold the chunk: the reader's own check makes that a miss.
+        """
+        with self._lock:
+            try:
+                with self.environment.begin(write=True) as transaction:
+                    return sum(map(transaction.delete, keys))
+            except lmdb.MapFullError:
+                self._owed.update(keys)
+                return sum(self.get(key) is not None for key in keys)
+
+    def get(self, key: bytes) -> bytes | None:
+        """A row's value."""
+        with self.environment.begin() as transaction:
+            return transaction.get(key)
+
+    def put_records(self, records: ChunkRecords) -> bool:
+        """Merge records into their rows, in one transaction. False: the map is full and nothing was stored."""
+        with self._lock:
+            fresh: dict[bytes, bytes] = {}
+            raw = np.ascontiguousarray(records).tobytes()
+            for place, key in enumerate(index_keys(records)):
+                old = fresh.get(key) or (None if key in self._owed else self.get(key))
+                fresh[key] = merge_shard(old, raw[place * RECORD_BYTES : (place + 1) * RECORD_BYTES])
+            return self.put(sorted(fresh.items()))
+
+    def scan(self, batch: int = 8192) -> Iterator[list[tuple[bytes, bytes]]]:
+        """All rows in key order, in batches; each is a snapshot of its own, so that no old pages stay pinned."""
+        last = b""
+        while True:
+            with self.environment.begin() as transaction, transaction.cursor() as cursor:
+                found: list[tuple[bytes, bytes]] = []
+                if cursor.set_range(last + b"\0") if last else cursor.first():
+                    for item in cursor.iternext():
+                        found.append(item)
+                        if len(found) == batch:
+                            break
+            if not found:
+                return
+            last = found[-1][0]
+            yield found
+
+    def count(self) -> int:
+        """Number of rows."""
+        return self.environment.stat()["entries"]
+
+    def publish(self) -> None:
+        """Make this generation the one that readers use, and unlink the others. Idempotent."""
+        with self._lock:
+            self._node.set_index_generation(self.tier, self.generation)
+            for other in RunDir(self._run_dir).index.glob(f"{self.tier.value}-*"):
+                if other != self._directory:
+                    shutil.rmtree(other, ignore_errors=True)
+
+    def tick(self) -> int:
+        """To be called every second: frees reader slots of dead processes, pays owed deletes; the slots freed."""
+        with self._lock:
+            stale = self.environment.reader_check()
+            if self._owed:
+                owed, self._owed = list(self._owed), set()
+                self.delete(owed)
+            return stale
+
+    def close(self) -> None:
+        """Release the environment; its files stay for the readers. Idempotent."""
+        with self._lock:
+            if self._opened is not None:
+                self._opened.release()
+                self._opened = None
+
+    def _has_room(self) -> bool:
+        stat = self.environment.stat()
+        live = stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]
+        pages = self._map_bytes // stat["psize"]
+        return live + max(pages // _RESERVE_PART, 32) < pages
+
+
+class IndexReader:
+    """Lookups in one tier's index, from any process. Never raises for a broken or absent index: that is a miss."""
+
+    def __init__(self, run_dir: Path, tier: Tier, map_bytes: int, node: NodeWords) -> None:
+        self.tier = tier
+        self.errors = 0
+        """Lookups that ended as a miss because of an error."""
+        self._run_dir = run_dir
+        self._map_bytes = round_up(map_bytes)
+        self._node = node
+        self._opened: _Opened | None = None
+        self._generation = 0
+
+    def run(self, keys: Sequence[bytes], start: int = 0) -> list[bytes]:
+        """Values of `keys[start:]` up to the first miss: chunk records of the shards that are there (`is_complete`)."""
+        found: list[bytes] = []
+        try:
+            environment = self._current()
+            if environment is None:
+                return found
+            with environment.begin() as transaction:
+                get = transaction.get
+                for at in range(start, len(keys), BATCH_KEYS):
+                    for value in map(get, keys[at : at + BATCH_KEYS]):
+                        if value is None:
+                            return found
+                        found.append(value)
+        except (lmdb.Error, OSError):
+            self.errors += 1
+            self.close()
+            return []
+        return found
+
+    def close(self) -> None:
+        """Release the environment; the next lookup opens it again. Idempotent."""
+        if self._opened is not None:
+            self._opened.release()
+            self._opened = None
+
+    def _current(self) -> lmdb.Environment | None:
+        """The environment of the published generation, None before there is one."""
+        generation = self._node.index_generation(self.tier)
+        if generation != self._generation or self._opened is None or not self._opened.usable:
+            self.close()
+            if not generation:
+                return None
+            directory = _directory(self._run_dir, self.tier, generation)
+            self._opened = _Opened.acquire(directory, lambda: self._open(directory))
+            self._generation = generation
+        return self._opened.environment
+
+    def _open(self, directory: Path) -> lmdb.Environment:
+        return lmdb.open(
+            str(directory),
+            map_size=self._map_bytes,
+            readonly=True,
+            create=False,
+            lock=True,
+            readahead=False,
+            max_spare_txns=4,
+        )
+
+
+def _allocate(path: Path, nbytes: int, flags: int) -> None:
+    """Make a file `nbytes` long with every block of it taken."""
+    descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | flags, 0o600)
+    try:
+        os.posix_fallocate(descriptor, 0, nbytes)
+    finally:
+        os.close(descriptor)
