@@ -21,7 +21,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -42,6 +42,7 @@ from lmpipe.producer.link import LeasePool, Link, slots_of
 from lmpipe.producer.loading import Loader, LoadResult
 from lmpipe.producer.saving import PageIds, Saver, SaveTicket, chunk_records
 from lmpipe.shm.counters import Counters
+from lmpipe.wire import VERSION
 
 __all__ = ["Found", "LoadResult", "MappedPages", "Producer", "SaveTicket"]
 
@@ -95,8 +96,8 @@ class Producer:
         if not 0 <= shard < shards:
             raise LayoutError(f"shard {shard} is not one of {shards}")
         self.layout, self.name = layout, name
-        self._namespace_of = lambda tokens: Namespace(
-            model, revision, layout.layout_id(), layout.dtype, tokens, tenant, weights_epoch, rope, adapter, cache_salt
+        self._root = Namespace(
+            model, revision, layout.layout_id(), layout.dtype, 0, tenant, weights_epoch, rope, adapter, cache_salt
         )
         self._shard, self._shards, self._pages, self._ttl_s = shard, shards, pages, ttl_s
         self._configured_chunk = chunk_tokens
@@ -119,7 +120,7 @@ class Producer:
         self.chunk_tokens = chunk_tokens
         self.chunk_pages = self.layout.chunk_pages(chunk_tokens)
         self.chunk_bytes = self.layout.chunk_bytes(chunk_tokens)
-        self.namespace = self._namespace_of(chunk_tokens).digest()
+        self.namespace = replace(self._root, chunk_tokens=chunk_tokens).digest()
         self._wanted = Wanted(self.layout.layout_id(), self.chunk_bytes, self._shard, self._shards)
 
     # State.
@@ -343,7 +344,7 @@ class Producer:
                 self._set_chunk(chunk)
         return m.Register(
             session=attachment.session.id,
-            versions=[m.VERSION],
+            versions=[VERSION],
             role="producer",
             name=self.name,
             pid=os.getpid(),
@@ -367,7 +368,7 @@ class Producer:
         if attachment is None:
             return
         path = attachment.info.paths.counters / f"{self.name}-{attachment.session.id:016x}.shm"
-        if self._counters is None or self._counters.path != path:
+        if self._counters is None or self._counters.segment.path != path:
             if self._counters is not None:
                 self._counters.close()
             self._counters = Counters.create(path, PRODUCER_COUNTERS)

@@ -20,15 +20,16 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from lmpipe import messages as m
-from lmpipe.bus import Client, Poller, Wakeup
+from lmpipe.bus import CHANNELS, Channel, Client, Poller, Wakeup
 from lmpipe.errors import LmpipeError
-from lmpipe.handles import Slot
+from lmpipe.handles import Slot, Tier
 from lmpipe.producer.attachment import Attachment
 from lmpipe.topology import NodeInfo
 
 log = logging.getLogger("lmpipe.producer")
 
 MISSED_BEATS = 3
+CONNECTING_S = 0.02
 OUTBOX_MESSAGES = 4096
 
 Answer = m.Loaded | m.LoadFailed | m.Pinned | m.Invalidated
@@ -91,21 +92,22 @@ class Link:
         self._client: Client | None = None
         self._poller = Poller()
         self._wakeup = Wakeup()
-        self._poller.add(self._wakeup)
-        self._outbox: deque[tuple[str, m.Message]] = deque()
+        self._poller.register(self._wakeup)
+        self._outbox: deque[tuple[Channel, m.Message]] = deque()
         self._answers: dict[int, queue.SimpleQueue[Answer | None]] = {}
         self._answers_lock = threading.Lock()
         self._changed = threading.Condition()
         self._stop = False
         self._beat_s = 1.0
         self._next_beat_s = 0.0
+        self._eager_until_s = 0.0
         self._last_pong_s = 0.0
         self._thread = threading.Thread(target=self._run, name="lmpipe-link", daemon=True)
         self._thread.start()
 
     # Any thread.
 
-    def post(self, channel: str, message: m.Message) -> bool:
+    def post(self, channel: Channel, message: m.Message) -> bool:
         """Send when possible. False: too much is waiting, or nobody is there."""
         if self.state != "ready" or len(self._outbox) >= OUTBOX_MESSAGES:
             return False
@@ -113,7 +115,7 @@ class Link:
         self._wakeup.wake()
         return True
 
-    def request(self, ref: int, channel: str, message: m.Message) -> queue.SimpleQueue[Answer | None]:
+    def request(self, ref: int, channel: Channel, message: m.Message) -> queue.SimpleQueue[Answer | None]:
         """Send and get a queue of the answers; None in it means that gather is lost. End with `forget(ref)`."""
         answers: queue.SimpleQueue[Answer | None] = queue.SimpleQueue()
         with self._answers_lock:
@@ -176,7 +178,9 @@ class Link:
         if self.state == "absent":
             self._attach()
             if self.attachment is not None and self._client is not None:
-                self._client.send("load", self._hello(self.attachment))
+                said = self._client.send("load", self._hello(self.attachment))
+                if not said and now_s < self._eager_until_s:  # the socket is still connecting
+                    self._next_beat_s = now_s + CONNECTING_S
         elif self._client is not None and self.attachment is not None:
             self._client.send("load", m.Ping(session=self.attachment.session.id, sent_ns=time.monotonic_ns()))
         self._on_beat(self.attachment)
@@ -198,13 +202,14 @@ class Link:
         if old is not None:
             old.retire()
         self._beat_s = info.topology.heartbeat_ms / 1000
+        self._eager_until_s = time.monotonic() + self._beat_s
         self._close_client()
-        self._client = Client(info.endpoints["gather"], identity=fresh.session.id)
-        self._poller.add(self._client)
+        self._client = Client({channel: info.endpoints["gather"][channel] for channel in CHANNELS})
+        self._poller.register(self._client)
 
     def _close_client(self) -> None:
         if self._client is not None:
-            self._poller.remove(self._client)
+            self._poller.unregister(self._client)
             self._client.close()
             self._client = None
 
@@ -218,7 +223,7 @@ class Link:
         """A message could not leave: whoever waits for its answer learns it at once."""
         session = message.session
         if isinstance(message, m.Save):
-            self._on_message(m.SaveDropped(session, message.save_id, "dram", "gather busy", message.chunks))
+            self._on_message(m.SaveDropped(session, message.save_id, Tier.DRAM, "gather busy", message.chunks))
         elif isinstance(message, m.Load):
             self._answer(message.load_id, m.LoadFailed(session, message.load_id, "gather busy", message.chunks))
 

@@ -28,6 +28,7 @@ from lmpipe.stages.gather.loads import Loads, Waiter, joined, names_of
 from lmpipe.stages.gather.outflow import Name, Outflow
 from lmpipe.stages.gather.producers import Engine, MappedSave, Producers
 from lmpipe.tiers.dram import DramTier
+from lmpipe.wire import VERSION
 
 PENDING = {Tier.SSD: PENDING_SSD, Tier.REMOTE: PENDING_REMOTE}
 SWEEP_S = 1.0
@@ -129,8 +130,8 @@ class Gather:
         return self._context.session
 
     def _register(self, peer: Peer, message: m.Register) -> None:
-        if m.VERSION not in message.versions:
-            reason = f"this node speaks version {m.VERSION}, the engine {message.versions}: use the same lmpipe on both sides"
+        if VERSION not in message.versions:
+            reason = f"this node speaks version {VERSION}, the engine {message.versions}: use the same lmpipe on both sides"
             self._context.reply(peer, m.Refused(self._session, "Register", 0, reason))
             return
         self._holds.refresh()  # mapped before the first hold can be taken
@@ -142,7 +143,7 @@ class Gather:
         self._commit(self._producers.written(engine), engine)
         self._producers.top_up(engine)
         places = np.array([slot.place for slot in self._producers.unused(engine)], np.uint64)
-        self._context.reply(peer, m.Registered(self._session, m.VERSION, message.chunk_tokens, engine.chunk_bytes, places))
+        self._context.reply(peer, m.Registered(self._session, VERSION, message.chunk_tokens, engine.chunk_bytes, places))
 
     # Saves.
 

@@ -88,9 +88,9 @@ class Producers:
         Raises:
             LayoutError, SegmentError: what it brings does not fit; the text says what and why.
         """
-        layout = hello.kv_layout
-        if layout is None:
+        if hello.layout is None:
             raise LayoutError("a producer has to state its layout")
+        layout = m.kv_layout(hello.layout)
         chunk_bytes = layout.chunk_bytes(hello.chunk_tokens)
         if chunk_bytes > self._dram.arena.capacity_bytes:
             raise LayoutError(
