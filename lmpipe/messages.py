@@ -49,7 +49,7 @@ Places = npt.NDArray[np.uint64]
 
 # Positions, in 16-bit words, of the record fields that the code behind uses as they are.
 _SHARD, _SHARDS, _CODEC = 12, 13, 14
-_LAST_CODEC = max(Codec)
+_LAST_CODEC = np.uint16(max(Codec))
 
 
 def _check_records(name: str, count: int, frame: Frame) -> None:
