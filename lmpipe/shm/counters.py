@@ -72,9 +72,9 @@ class Counters:
         """Unmap; `unlink` removes the file as well."""
         if unlink:
             self.segment.unlink()
-        if hasattr(self, "_words"):
-            del self._words
-        self.segment.close()
+        if not self.segment.closed:
+            del self._words  # it keeps the mapping
+            self.segment.close()
 
 
 _MASK = (1 << 64) - 1

@@ -26,7 +26,7 @@ from lmpipe.native import HoldTable, Words, fence
 from lmpipe.shm.descriptor import HEADER_BYTES, HOLD_BYTES, WORD_BYTES, SegmentKind, grants_offset
 from lmpipe.shm.segment import Segment, words_of
 from lmpipe.shm.session import Session, SessionDir
-from lmpipe.shm.slots import SlotTable
+from lmpipe.shm.table import SlotTable
 
 
 class HoldSet:
@@ -172,18 +172,25 @@ class _Table:
 
     def __init__(self, segment: Segment) -> None:
         self._segment = segment
-        self._entries = words_of(segment, HEADER_BYTES, segment.count * (HOLD_BYTES // WORD_BYTES))
+        words_per_entry = HOLD_BYTES // WORD_BYTES
+        if HEADER_BYTES + segment.count * HOLD_BYTES > segment.nbytes:
+            raise SegmentError(f"{segment.path}: {segment.count} entries do not fit in {segment.nbytes} bytes")
+        words = np.frombuffer(segment.buf, "<u8", segment.count * words_per_entry, HEADER_BYTES)
+        self._words = words[::words_per_entry]
+        self._scratch = np.empty(segment.count, np.uint64)
         self._grants = words_of(segment, grants_offset(segment.count), segment.grants) if segment.grants else None
 
     def held(self) -> npt.NDArray[np.uint64]:
-        words = self._entries.snapshot()[:: HOLD_BYTES // WORD_BYTES]
-        return words[words != 0]
+        # Aligned 8-byte loads, each whole, in no order: what counts is the fence before them.
+        # Into the same memory each time, because this is done at every eviction and fresh pages would cost the most.
+        np.copyto(self._scratch, self._words)
+        return self._scratch[self._scratch != 0]
 
     def grant(self, index: int) -> int:
         return self._grants.load(index) if self._grants is not None and 0 <= index < len(self._grants) else 0
 
     def close(self) -> None:
-        del self._entries, self._grants
+        del self._words, self._grants
         self._segment.close()
 
 

@@ -57,6 +57,6 @@ class NodeWords:
 
     def close(self) -> None:
         """Unmap."""
-        if hasattr(self, "_words"):
-            del self._words
-        self.segment.close()
+        if not self.segment.closed:
+            del self._words  # it keeps the mapping
+            self.segment.close()

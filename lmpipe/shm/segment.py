@@ -148,6 +148,11 @@ class Segment:
             self._region = Region(self.buf)
         return self._region
 
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._mapping is None
+
     def close(self) -> None:
         """Unmap. Where views of `buf` are still about, they stay valid and the last one to go unmaps."""
         mapping, self._mapping, self._region = self._mapping, None, None
