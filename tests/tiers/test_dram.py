@@ -1,0 +1,239 @@
+"""The DRAM tier over a real arena and a real index: order of eviction, holds, pins, pending rows, restart, and a random walk."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lmpipe.handles import CHUNK, SessionId, Slot, Tier
+from lmpipe.index import IndexReader, IndexWriter, index_keys
+from lmpipe.lifecycle import SlotEvent, SlotState
+from lmpipe.shm.node import NodeWords
+from lmpipe.shm.slots import SlotOwner
+from lmpipe.tiers.dram import DramTier
+
+ME = SessionId(5)
+CHUNK_BYTES = 8192
+MAP_BYTES = 1 << 20
+
+
+class Held:
+    """Hold words as a test sets them."""
+
+    def __init__(self) -> None:
+        self.words: set[int] = set()
+
+    def held(self) -> frozenset[int]:
+        return frozenset(self.words)
+
+
+class Bench:
+    """A tier of 8 chunks."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.held, self.now_s = path, Held(), 0.0
+        self.node = NodeWords.create(path / "node.shm")
+        self.arena = SlotOwner.create(path / "arena.shm", 8 * CHUNK_BYTES, 64)
+        self.index = IndexWriter(path, Tier.DRAM, MAP_BYTES, self.node)
+        self.index.publish()
+        self.reader = IndexReader(path, Tier.DRAM, MAP_BYTES, self.node)
+        self.tier = DramTier(self.arena, self.index, self.held, lambda: self.now_s)
+
+    def save(self, prompt: int, chunks: range, pending: int = 0, shard: int = 0, shards: int = 1) -> list[int]:
+        """Save chunks of a prompt; returns the positions that became visible."""
+        slots: list[int] = []
+        for position in chunks:
+            slot = self.tier.reserve(CHUNK_BYTES, ME)
+            if slot is None:
+                break
+            assert self.arena.advance(slot, SlotEvent.OPEN)
+            record = np.zeros(1, CHUNK)
+            record["key"] = prompt.to_bytes(8, "little") + position.to_bytes(8, "little")
+            record["anchor"] = prompt.to_bytes(4, "little")
+            record["position"], record["shard"], record["shards"] = position, shard, shards
+            record["raw_bytes"] = record["nbytes"] = CHUNK_BYTES
+            record["namespace"] = prompt
+            self.arena.set_record(slot.index, record[0])
+            assert self.arena.advance(slot, SlotEvent.CLOSE)
+            slots.append(slot.index)
+        done = self.tier.commit(slots, pending, ME)
+        return [int(self.arena.record(slot)["position"]) for slot in done]
+
+    def key(self, prompt: int, position: int) -> bytes:
+        return prompt.to_bytes(4, "little") + prompt.to_bytes(8, "little") + position.to_bytes(8, "little")
+
+    def found(self, prompt: int, chunks: int = 8) -> list[int]:
+        """Positions a lookup finds, each by itself."""
+        return [at for at in range(chunks) if self.reader.run([self.key(prompt, at)])]
+
+    def slot(self, prompt: int, position: int) -> Slot:
+        row = self.tier.row(self.key(prompt, position))
+        assert row is not None
+        index = row.slots[0]
+        return Slot(index, self.arena.state(index)[0])
+
+    def close(self) -> None:
+        self.reader.close()
+        self.index.close()
+        self.arena.close()
+        self.node.close()
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    path = Path(f"/dev/shm/lmpipe-test-{os.getpid()}-{secrets.token_hex(4)}")
+    (path / "index").mkdir(parents=True, mode=0o700)
+    path.chmod(0o700)
+    made = Bench(path)
+    yield made
+    assert made.tier.audit() == []
+    made.close()
+    shutil.rmtree(path)
+
+
+def test_saved_is_found(bench: Bench) -> None:
+    assert bench.save(1, range(4)) == [0, 1, 2, 3]
+    assert bench.found(1) == [0, 1, 2, 3] and len(bench.tier) == 4
+
+
+def test_a_tail_goes_before_its_head_and_the_older_prompt_first(bench: Bench) -> None:
+    bench.save(1, range(4))
+    bench.save(2, range(4))
+    bench.save(3, range(2))
+    assert (bench.found(1), bench.found(2), bench.found(3)) == ([0, 1], [0, 1, 2, 3], [0, 1])
+    assert sorted(int(r["position"]) for r in bench.tier.take_evicted()) == [2, 3]
+
+
+def test_touch_saves_a_prompt(bench: Bench) -> None:
+    bench.save(1, range(4))
+    bench.save(2, range(4))
+    bench.tier.touch([bench.key(1, at) for at in range(4)])
+    bench.save(3, range(2))
+    assert bench.found(1) == [0, 1, 2, 3] and bench.found(2) == [0, 1]
+
+
+def test_a_held_slot_is_not_reused_and_comes_back_when_released(bench: Bench) -> None:
+    bench.save(1, range(8))
+    held = bench.slot(1, 7)
+    bench.held.words.add(held.place)
+    bench.save(2, range(1))
+    assert bench.arena.state(held.index) == (held.generation, SlotState.DOOMED), "out of the index, but not free"
+    assert bench.found(1) == [0, 1, 2, 3, 4, 5] and bench.found(2) == [0]
+    bench.held.words.clear()
+    bench.tier.tick()
+    assert bench.arena.state(held.index)[1] is SlotState.FREE
+
+
+def test_everything_held_is_full_not_an_error(bench: Bench) -> None:
+    bench.save(1, range(8))
+    bench.held.words = {bench.slot(1, at).place for at in range(8)}
+    assert bench.tier.reserve(CHUNK_BYTES, ME) is None
+
+
+def test_pins_outlast_pressure_and_end(bench: Bench) -> None:
+    bench.save(1, range(8))
+    assert bench.tier.pin([bench.key(1, at) for at in range(8)], 10.0) == 8
+    assert bench.save(2, range(1)) == []
+    bench.now_s = 11.0
+    assert bench.save(2, range(1)) == [0]
+
+
+def test_rows_not_persisted_go_last(bench: Bench) -> None:
+    bench.save(1, range(4), pending=1)
+    bench.save(2, range(4))
+    bench.save(3, range(4))
+    assert bench.found(1) == [0, 1, 2, 3] and bench.found(2) == []
+    assert bench.tier.unpersisted == 4
+    for at in range(4):
+        bench.tier.answered(bench.key(1, at), 0, 1)
+    assert bench.tier.unpersisted == 0
+
+
+def test_a_known_chunk_is_not_kept_twice(bench: Bench) -> None:
+    bench.save(1, range(2))
+    used = bench.arena.used_bytes
+    assert bench.save(1, range(2)) == []
+    assert bench.arena.used_bytes == used and bench.found(1) == [0, 1]
+
+
+def test_a_row_is_evicted_with_all_its_shards(bench: Bench) -> None:
+    bench.save(1, range(2), shard=0, shards=2)
+    assert all(len(bench.reader.run([bench.key(1, at)])[0]) == 72 for at in range(2)), "half a row"
+    bench.save(1, range(2), shard=1, shards=2)
+    assert all(len(bench.reader.run([bench.key(1, at)])[0]) == 144 for at in range(2))
+    bench.save(2, range(5))
+    assert bench.found(1) == [0] and len(bench.reader.run([bench.key(1, 0)])[0]) == 144
+
+
+def test_drop_by_namespace(bench: Bench) -> None:
+    bench.save(1, range(3))
+    bench.save(2, range(3))
+    assert bench.tier.drop(bench.tier.keys(1)) == 3
+    assert bench.found(1) == [] and bench.found(2) == [0, 1, 2]
+
+
+def test_a_full_index_is_no_hit_and_takes_no_room(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench.index, "put", lambda rows: False)
+    assert bench.save(1, range(3)) == []
+    assert bench.arena.used_bytes == 0 and len(bench.tier) == 0
+
+
+def test_larger_chunks_find_room_in_pieces(bench: Bench) -> None:
+    """Every second chunk is pinned: no run of neighbours is free but one that must be made."""
+    bench.save(1, range(8))
+    bench.tier.pin([bench.key(1, at) for at in (0, 3, 6)], 99.0)
+    assert bench.tier.reserve(2 * CHUNK_BYTES, ME) is not None
+    assert bench.tier.reserve(3 * CHUNK_BYTES, ME) is None, "the pins leave no window of three"
+
+
+def test_restart_finds_what_was_committed(bench: Bench) -> None:
+    bench.save(1, range(4), pending=3)
+    bench.save(2, range(2))
+    lost = bench.tier.reserve(CHUNK_BYTES, ME)
+    assert lost is not None and bench.arena.advance(lost, SlotEvent.OPEN)
+    bench.index.close()
+    bench.index = IndexWriter(bench.path, Tier.DRAM, MAP_BYTES, bench.node)
+    found = bench.arena.recover(lambda _: False)
+    bench.tier = DramTier(bench.arena, bench.index, bench.held, lambda: bench.now_s)
+    pending = bench.tier.load_rows(found.committed)
+    bench.index.publish()
+    assert bench.found(1) == [0, 1, 2, 3] and bench.found(2) == [0, 1]
+    assert len(pending) == 4 and bench.tier.unpersisted == 4
+    assert bench.arena.state(lost.index)[1] is SlotState.FREE
+
+
+def test_a_random_walk_keeps_the_invariants(bench: Bench) -> None:
+    rng = np.random.default_rng(3)
+    for turn in range(400):
+        prompt, chunks = int(rng.integers(1, 5)), int(rng.integers(1, 9))
+        match int(rng.integers(5)):
+            case 0 | 1:
+                bench.save(prompt, range(chunks), pending=int(rng.integers(2)))
+            case 2:
+                bench.tier.touch([bench.key(prompt, at) for at in range(chunks)])
+            case 3:
+                rows = [bench.key(prompt, at) for at in range(8) if bench.tier.row(bench.key(prompt, at))]
+                bench.held.words = {Slot(s, bench.arena.state(s)[0]).place for k in rows for s in bench.tier.row(k).slots.values()}  # type: ignore[union-attr]
+            case _:
+                bench.tier.answered(bench.key(prompt, chunks), 0, 1)
+                bench.held.words.clear()
+        bench.now_s = float(turn)
+        assert bench.tier.audit() == []
+        for number in range(1, 5):
+            for at in bench.found(number):
+                assert bench.tier.row(bench.key(number, at)) is not None
+    bench.held.words.clear()
+    bench.tier.tick()
+    assert bench.arena.used_bytes == len(bench.tier) * CHUNK_BYTES
+
+
+def test_index_keys_of_records_equal_those_of_rows(bench: Bench) -> None:
+    bench.save(7, range(2))
+    row = bench.tier.row(bench.key(7, 1))
+    assert row is not None and index_keys(np.frombuffer(row.value, CHUNK)) == [row.key]
