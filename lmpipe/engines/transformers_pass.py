@@ -1,0 +1,174 @@
+"""One call of `generate` through the cache: load what all rows have, and afterwards save what is new.
+
+The rows of a batch share one cache tensor per layer, so what is loaded is a common number of columns: for each row its
+padding (zeros, masked),
+then its longest saved prefix; the row with the least decides. Knows neither models nor refusals.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from lmpipe.engines import transformers_cache as kv
+from lmpipe.engines.adapter import RequestInfo
+from lmpipe.engines.transformers_request import Request, Row
+from lmpipe.errors import UnsupportedError
+from lmpipe.handles import Tier
+from lmpipe.keys import Prompt
+from lmpipe.producer import Found, Producer, SaveTicket
+
+SAVES_IN_FLIGHT = 16
+"""Saves whose tensors are still being read; beyond this a save is dropped, so that memory stays bounded."""
+
+
+@dataclass(slots=True)
+class _Row:
+    """One prompt on its way: its keys, and how many of its tokens were loaded."""
+
+    row: Row
+    prompt: Prompt
+    loaded: int = 0
+
+
+class Pass:
+    """Looks up at once; `load`, then generate with `cache`, then `save`."""
+
+    def __init__(
+        self, request: Request, producer: Producer, shape: kv.CacheShape, new_cache: Callable[[], DynamicCache]
+    ) -> None:
+        self.request, self.producer = request, producer
+        self._started = time.perf_counter()
+        self._shape, self._new_cache = shape, new_cache
+        self.cache = new_cache()
+        self._rows = [_Row(row, producer.prompt(row.tokens)) for row in request.rows]
+        self.info = RequestInfo(prompt_tokens=sum(len(row.tokens) for row in request.rows))
+
+    @property
+    def computed_tokens(self) -> int:
+        """Prompt tokens that were not loaded."""
+        return self.info.prompt_tokens - sum(row.loaded for row in self._rows)
+
+    def forget(self) -> None:
+        """After a failed load: nothing was loaded."""
+        self.cache = self._new_cache()
+        self.info = RequestInfo(prompt_tokens=self.info.prompt_tokens, reason="load failed")
+        for row in self._rows:
+            row.loaded = 0
+
+    @torch.no_grad()
+    def load(self, deadline_ms: int | None) -> None:
+        """Look up all rows and fill the cache with what they have in common; at least one column is left to compute."""
+        found = [self.producer.lookup(row.prompt) for row in self._rows]
+        looked = time.perf_counter()
+        try:
+            columns = min(row.row.pad + hit.tokens for row, hit in zip(self._rows, found, strict=True))
+            columns = min(columns, self.request.columns - 1)
+            self.info = replace(self.info, lookup_ms=(looked - self._started) * 1e3, reason="miss")
+            # Columns that are padding in every row are no gain.
+            if columns > min(row.row.pad for row in self._rows):
+                self._fill(found, columns, deadline_ms)
+                self.info = replace(self.info, load_ms=(time.perf_counter() - looked) * 1e3)
+        finally:
+            for hit in found:
+                hit.release()
+
+    def _fill(self, found: list[Found], columns: int, deadline_ms: int | None) -> None:
+        tensors = kv.LoadTensors(self._shape, len(self._rows), columns)
+        chunk = self.producer.chunk_tokens
+        tiers: Counter[Tier] = Counter()
+        reached, loaded_bytes, shortfall = columns, 0, ""
+        for index, (row, hit) in enumerate(zip(self._rows, found, strict=True)):
+            pad = row.row.pad
+            tensors.clear_padding(index, min(pad, columns))
+            chunks = -(-max(columns - pad, 0) // chunk)
+            pages = kv.page_ids(chunks, chunk, pad, columns)
+            result = self.producer.load(hit, tensors.pool(index), pages, deadline_ms=deadline_ms)
+            reached = min(reached, pad + result.tokens)
+            loaded_bytes += result.nbytes
+            shortfall = shortfall or result.reason
+            tiers.update(result.by_tier)
+        for row in self._rows:
+            row.loaded = max(reached - row.row.pad, 0)
+        hits = sum(row.loaded for row in self._rows)
+        if not hits:
+            self.info = replace(self.info, reason=f"miss: {shortfall}")
+            return
+        tensors.into(self.cache, reached, self.request.expand)
+        self.info = replace(
+            self.info,
+            hit_tokens=hits,
+            hit_by_tier={tier: chunks * chunk for tier, chunks in tiers.items()},
+            loaded_bytes=loaded_bytes,
+            reason=f"loaded in part: {shortfall}" if shortfall else "loaded",
+        )
+
+    @torch.no_grad()
+    def save(self, sequences: torch.Tensor, answers: bool, tickets: deque[SaveTicket]) -> None:
+        """Hand new chunks to the producer: of prompts, and of `answers` where the KV is in the sequences' order.
+
+        Raises:
+            UnsupportedError: the cache is not what this generate should have left; nothing is saved.
+        """
+        started = time.perf_counter()
+        request = self.request
+        layers = kv.full_layers(self.cache)
+        batch, _, columns, _ = layers[0][0].shape
+        expected = columns if request.beams else sequences.shape[1] - 1
+        if batch != len(self._rows) * request.expand or columns != expected or columns < request.columns:
+            raise UnsupportedError(f"the cache has {batch} rows of {columns} columns, which is not what was generated")
+        # After a beam search rows are not in the order of the sequences; the prompts' parts are alike in any order.
+        answers = answers and not request.beams
+        seen: set[bytes] = set()
+        saved = 0
+        for index, row in enumerate(self._rows):
+            for twin in range(request.expand if answers else 1):
+                at = index * request.expand + twin
+                prompt = row.prompt
+                if answers:
+                    prompt = copy.deepcopy(prompt) if twin + 1 < request.expand else prompt
+                    answer = sequences[at, request.columns : columns].cpu().numpy()
+                    prompt.extend(_without_padding(answer, request.pad_token) if len(sequences) > 1 else answer)
+                saved += self._save_row(prompt, layers, at, row, seen, tickets)
+        self.info = replace(self.info, saved_tokens=saved, save_ms=(time.perf_counter() - started) * 1e3)
+
+    def _save_row(
+        self,
+        prompt: Prompt,
+        layers: list[tuple[torch.Tensor, torch.Tensor]],
+        at: int,
+        row: _Row,
+        seen: set[bytes],
+        tickets: deque[SaveTicket],
+    ) -> int:
+        """Save what of a row is neither loaded nor saved by an earlier row; returns how many tokens."""
+        chunk = self.producer.chunk_tokens
+        first = row.loaded // chunk
+        while first < len(prompt.index_keys) and prompt.index_keys[first] in seen:
+            first += 1
+        chunks = len(prompt.index_keys) - first
+        while tickets and tickets[0].copied.is_set():
+            tickets.popleft()
+        if chunks <= 0 or prompt.namespace != self.producer.namespace or len(tickets) >= SAVES_IN_FLIGHT:
+            return 0
+        seen.update(prompt.index_keys[first:])
+        start = row.row.pad + first * chunk
+        pool = kv.saved_tensors(layers, at, start, start + chunks * chunk)
+        pages = kv.page_ids(chunks, chunk, 0, chunks * chunk)
+        tickets.append(self.producer.save(prompt, pool, pages, first_chunk=first))
+        return chunks * chunk
+
+
+def _without_padding(answer: Any, pad_token: int | None) -> Any:
+    """An answer up to the first token of the padding that follows a row which ended before the others."""
+    end = len(answer)
+    while pad_token is not None and end and int(answer[end - 1]) == pad_token:
+        end -= 1
+    return answer[: min(end + 1, len(answer))]
