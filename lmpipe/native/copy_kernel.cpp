@@ -1,5 +1,9 @@
-// Copies runs of bytes. Long runs go by streaming stores, four of them side by side: each 4 KiB page restarts the
-// hardware prefetcher, so one run after the other waits for memory at every page (0.6 of memcpy), four do not (0.9 to 1).
+// Copies runs of bytes by streaming stores, four runs side by side, reading ahead across the ends of runs.
+//
+// The hardware prefetcher starts anew at each run (and each 4 KiB page), so one run after the other waits for memory at
+// every start: 0.3 to 0.6 of memcpy for pages of 128 bytes to 2 KiB. Two walkers go over the same list of runs in the same
+// order, one that prefetches and, 32 lines per way behind it, one that copies. Into L2, not L1: the few miss registers of
+// L1 are what limits it otherwise (measured on Zen 4, random pages of 1 KiB: 0.75 of memcpy into L1, 1.1 into L2).
 #include "kernels.h"
 #include "vec.h"
 
@@ -11,9 +15,7 @@ using lmpipe::Run;
 
 constexpr size_t LINE_BYTES = 64;
 constexpr size_t WAYS = 4;
-constexpr size_t PREFETCH_BYTES = 512;
-// Below this a run's ragged ends cost more than the store's read-for-ownership that streaming saves.
-constexpr size_t STREAM_BYTES = 512;
+constexpr size_t LEAD_LINES = 32;
 
 LMPIPE_INLINE void stream_line(uint8_t *to, const uint8_t *from) {
 #if defined(__AVX512F__)
@@ -29,43 +31,119 @@ LMPIPE_INLINE void stream_line(uint8_t *to, const uint8_t *from) {
 #endif
 }
 
-// What is left of a run: whole lines whose destination is aligned, and the ragged tail, copied by finish().
-struct Cursor {
+// A run has a head up to the first aligned line of the destination, whole lines, and a tail. Only lines are streamed: a
+// store of part of a line would be one read-modify-write in memory each.
+struct Way {
     const uint8_t *from;
     uint8_t *to;
     size_t lines, tail_bytes;
 };
 
-LMPIPE_INLINE Cursor begin(const Run &run) {
-    const size_t head = (0 - (uintptr_t)run.destination) % LINE_BYTES;
-    if (head) memcpy(run.destination, run.source, head);
+LMPIPE_INLINE Way open_run(const Run &run) {
+    size_t head = (0 - (uintptr_t)run.destination) % LINE_BYTES;
+    if (head > run.bytes) head = run.bytes;
     const size_t rest = run.bytes - head;
     return {run.source + head, run.destination + head, rest / LINE_BYTES, rest % LINE_BYTES};
 }
 
-LMPIPE_INLINE void finish(Cursor c) {
-    for (; c.lines; c.lines--, c.from += LINE_BYTES, c.to += LINE_BYTES) stream_line(c.to, c.from);
-    if (c.tail_bytes) memcpy(c.to, c.from, c.tail_bytes);
-}
-
-void stream_four(const Run *const run[WAYS]) {
-    Cursor c[WAYS];
-    size_t lines = SIZE_MAX;
-    for (size_t w = 0; w < WAYS; w++) {
-        c[w] = begin(*run[w]);
-        lines = c[w].lines < lines ? c[w].lines : lines;
-    }
-    for (size_t l = 0; l < lines; l++) {
-        for (size_t w = 0; w < WAYS; w++) {
-            __builtin_prefetch(c[w].from + l * LINE_BYTES + PREFETCH_BYTES);
-            stream_line(c[w].to + l * LINE_BYTES, c[w].from + l * LINE_BYTES);
+struct Prefetcher {
+    // Heads and tails are plain stores, so their lines are wanted for writing.
+    static void open(const Run &run, const Way &way) {
+        __builtin_prefetch(run.source, 0, 2);
+        if (way.to != run.destination) __builtin_prefetch(run.destination, 1, 2);
+        if (way.tail_bytes) {
+            __builtin_prefetch(run.source + run.bytes - 1, 0, 2);
+            __builtin_prefetch(run.destination + run.bytes - 1, 1, 2);
         }
     }
-    for (size_t w = 0; w < WAYS; w++) {
-        c[w].from += lines * LINE_BYTES;
-        c[w].to += lines * LINE_BYTES;
-        c[w].lines -= lines;
-        finish(c[w]);
+    static void line(const Way &way, size_t l) { __builtin_prefetch(way.from + l * LINE_BYTES, 0, 2); }
+    static void close(const Way &) {}
+};
+
+struct Copier {
+    static void open(const Run &run, const Way &way) {
+        const auto head = (size_t)(way.to - run.destination);
+        if (head) memcpy(run.destination, run.source, head);
+    }
+    static void line(const Way &way, size_t l) { stream_line(way.to + l * LINE_BYTES, way.from + l * LINE_BYTES); }
+    static void close(const Way &way) {
+        if (way.tail_bytes) memcpy(way.to, way.from, way.tail_bytes);
+    }
+};
+
+// Takes runs from the list into its ways, each as soon as a way is free.
+template <typename Action>
+struct Walker {
+    const Run *next, *end;
+    size_t live = 0;
+    Way way[WAYS];
+
+    Walker(const Run *runs, size_t n) : next(runs), end(runs + n) {
+        while (live < WAYS && take(way[live])) live++;
+    }
+    bool take(Way &free) {
+        while (next != end) {
+            const Run &run = *next++;
+            free = open_run(run);
+            Action::open(run, free);
+            if (free.lines) return true;
+            Action::close(free);
+        }
+        return false;
+    }
+    // As many lines as every way has left.
+    size_t lines() const {
+        size_t least = way[0].lines;
+        for (size_t w = 1; w < WAYS; w++) least = way[w].lines < least ? way[w].lines : least;
+        return least;
+    }
+    void advance(size_t lines) {
+        for (size_t w = 0; w < live; w++) {
+            way[w].from += lines * LINE_BYTES;
+            way[w].to += lines * LINE_BYTES;
+            way[w].lines -= lines;
+        }
+        for (size_t w = live; w-- > 0;) {
+            if (way[w].lines) continue;
+            Action::close(way[w]);
+            if (!take(way[w])) way[w] = way[--live];
+        }
+    }
+    bool full() const { return live == WAYS; }
+};
+
+LMPIPE_INLINE size_t less(size_t a, size_t b) { return a < b ? a : b; }
+
+void walk(const Run *runs, size_t n) {
+    Walker<Prefetcher> ahead(runs, n);
+    Walker<Copier> copy(runs, n);
+    for (size_t lead = LEAD_LINES; lead && ahead.full();) {
+        const size_t lines = less(lead, ahead.lines());
+        for (size_t l = 0; l < lines; l++)
+            for (size_t w = 0; w < WAYS; w++) Prefetcher::line(ahead.way[w], l);
+        ahead.advance(lines);
+        lead -= lines;
+    }
+    while (copy.full() && ahead.full()) {
+        const size_t lines = less(copy.lines(), ahead.lines());
+        for (size_t l = 0; l < lines; l++) {
+            for (size_t w = 0; w < WAYS; w++) Prefetcher::line(ahead.way[w], l);
+            for (size_t w = 0; w < WAYS; w++) Copier::line(copy.way[w], l);
+        }
+        ahead.advance(lines);
+        copy.advance(lines);
+    }
+    while (copy.full()) {
+        const size_t lines = copy.lines();
+        for (size_t l = 0; l < lines; l++)
+            for (size_t w = 0; w < WAYS; w++) Copier::line(copy.way[w], l);
+        copy.advance(lines);
+    }
+    // What fewer than four ways hold: long runs, where one at a time is as fast, or the end of the list.
+    for (size_t w = 0; w < copy.live; w++) {
+        Way &last = copy.way[w];
+        for (; last.lines; last.lines--, last.from += LINE_BYTES, last.to += LINE_BYTES) Copier::line(last, 0);
+        Copier::close(last);
     }
 }
 
@@ -79,22 +157,7 @@ namespace lmpipe::LMPIPE_LEVEL {
 
 extern const char *const copy_stores = "streaming";
 
-void copy_runs(const Run *runs, size_t n) {
-    const Run *waiting[WAYS];
-    size_t held = 0;
-    for (size_t i = 0; i < n; i++) {
-        if (runs[i].bytes < STREAM_BYTES) {
-            memcpy(runs[i].destination, runs[i].source, runs[i].bytes);
-            continue;
-        }
-        waiting[held++] = &runs[i];
-        if (held == WAYS) {
-            stream_four(waiting);
-            held = 0;
-        }
-    }
-    for (size_t w = 0; w < held; w++) finish(begin(*waiting[w]));
-}
+void copy_runs(const Run *runs, size_t n) { walk(runs, n); }
 
 void store_fence() { _mm_sfence(); }
 

@@ -34,7 +34,7 @@ class Runs {
     }
 
    private:
-    static constexpr size_t CAPACITY = 64;
+    static constexpr size_t CAPACITY = 512;  // 64 KiB of the smallest pages: the kernel reads ahead within one list
     Run runs_[CAPACITY];
     size_t n_ = 0;
 };
