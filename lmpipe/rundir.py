@@ -24,6 +24,11 @@ class RunDir:
         return self.path / "supervisor.lock"
 
     @property
+    def keep_dram(self) -> Path:
+        """Put there to ask the supervisor to leave the arena when it stops."""
+        return self.path / "keep-dram"
+
+    @property
     def node_shm(self) -> Path:
         """The NODE segment."""
         return self.path / "node.shm"

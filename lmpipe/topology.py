@@ -47,16 +47,11 @@ class Process(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class DramTier(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The arena. `slots`: most chunks it can name (None: by capacity); a slot's header takes 128 bytes."""
+    """The arena. `slots`: how many chunks it can name (None: by capacity); a slot's header takes 128 bytes."""
 
     capacity: Size
     prefault: bool = True
     slots: Count | None = None
-
-    @property
-    def slot_count(self) -> int:
-        """Slot headers in the arena: as configured, or one for each 64 KiB."""
-        return self.slots or min(max(self.capacity >> 16, 1024), 1 << 22)
 
 
 class SsdTier(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

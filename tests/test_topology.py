@@ -46,7 +46,6 @@ def test_defaults() -> None:
     assert [process.name for process in topology.processes] == ["gather"]
     assert topology.run_dir == f"/dev/shm/lmpipe-{os.getuid()}/a"
     assert (topology.chunk_tokens, topology.watchdog_ms, topology.metrics.port) == (256, 10_000, None)
-    assert topology.tiers.dram.slot_count == 16384
     assert topology.tier_names == (Tier.DRAM,)
     assert topology.rings_needed == ()
 

@@ -1,0 +1,202 @@
+"""The exclusive right to a run directory: one supervisor at a time, and a tidy start after one that was killed.
+
+A claim is a POSIX record lock, dropped by the kernel with its owner, so it needs no time-out and no pid to be believed.
+Workers outlive a killed supervisor; the next one ends them before it touches what they use. A pid is signalled only
+while the kernel names it as the holder of that worker's session lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import select
+import shutil
+import signal
+import stat
+import struct
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from lmpipe.errors import NodeError
+from lmpipe.rundir import RunDir, default_parent, write_atomically
+from lmpipe.shm.session import SessionDir
+
+TERM_S = 5.0
+_FLOCK = struct.Struct("hhqqi4x")  # Linux, 64 bits: type, whence, start, length, pid
+
+
+class WorkerNote(msgspec.Struct, frozen=True):
+    """`up/<process>.json`, written by a worker: who it is. `state`: starting or ready."""
+
+    pid: int
+    session: int
+    state: str
+
+    @classmethod
+    def read(cls, path: Path) -> WorkerNote | None:
+        """The note, or None when there is none or it makes no sense."""
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=cls)
+        except (OSError, msgspec.DecodeError):
+            return None
+
+    def write(self, path: Path) -> None:
+        """Puts the note in place atomically."""
+        write_atomically(path, msgspec.json.encode(self))
+
+
+def lock_holder(path: Path) -> int:
+    """Pid of the process that holds the record lock on `path`; 0 when nobody does, -1 for one in another pid namespace.
+
+    Must not be called by a process on a lock of its own: closing the file would drop it.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return 0
+    try:
+        asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        kind, _, _, _, pid = _FLOCK.unpack(fcntl.fcntl(descriptor, fcntl.F_GETLK, asked))
+    finally:
+        os.close(descriptor)
+    return 0 if kind == fcntl.F_UNLCK else pid or -1
+
+
+def session_lock(paths: RunDir, session: int) -> Path:
+    """The lock file of a session."""
+    return paths.sessions / f"{session:016x}.lock"
+
+
+class Claim:
+    """A held run directory. Raises NodeError when somebody else has it, or when it is not safe to use."""
+
+    def __init__(self, paths: RunDir, name: str) -> None:
+        self.paths = paths
+        _make_private(paths.path)
+        self._lock_fd = _lock(paths, name)
+        try:
+            for directory in paths.directories:
+                directory.mkdir(mode=0o700, exist_ok=True)
+        except BaseException:
+            os.close(self._lock_fd)
+            raise
+
+    def end_former_life(self, report: Callable[[str], None]) -> None:
+        """Ends the workers of a dead supervisor and removes what the dead left; living producers and the arena stay."""
+        paths = self.paths
+        workers = {path.stem: note for path in sorted(paths.ups.glob("*.json")) if (note := WorkerNote.read(path))}
+        _end_all(paths, workers, report)
+        for path in (paths.node_json, paths.keep_dram, *paths.ups.iterdir(), *paths.sockets.iterdir()):
+            path.unlink(missing_ok=True)
+        for path in (*paths.path.glob("ring.*.shm"), *paths.logs.glob("*.log")):
+            path.unlink()
+        for directory in paths.index.iterdir():
+            shutil.rmtree(directory, ignore_errors=True)
+        sessions = SessionDir(paths.path)
+        sessions.sweep()
+        living = {lock_holder(session_lock(paths, session)) for session in sessions.ids()}
+        for path in paths.counters.glob("*.shm"):
+            if not path.stem.rpartition("-")[2].isdigit() or int(path.stem.rpartition("-")[2]) not in living:
+                path.unlink(missing_ok=True)
+
+    def clear(self, *, keep_dram: bool) -> None:
+        """Removes the content; `keep_dram` spares the arena, the node words and the sessions of living producers."""
+        paths = self.paths
+        if keep_dram:
+            self.end_former_life(lambda _: None)
+            return
+        for directory in paths.directories[:0:-1]:
+            shutil.rmtree(directory, ignore_errors=True)
+        for path in (paths.node_json, paths.keep_dram, paths.node_shm, paths.arena, *paths.path.glob("ring.*.shm")):
+            path.unlink(missing_ok=True)
+
+    def release(self) -> None:
+        """Gives the directory up, and removes it when nothing is left in it."""
+        # Name first, lock last: who waits at the old file finds it unlinked and looks again (`_lock`).
+        self.paths.supervisor_lock.unlink(missing_ok=True)
+        empty = [self.paths.path, default_parent()] if self.paths.path.parent == default_parent() else [self.paths.path]
+        with contextlib.suppress(OSError):
+            for path in empty:
+                path.rmdir()
+        os.close(self._lock_fd)
+
+
+def _make_private(path: Path) -> None:
+    missing = [directory for directory in (path, *path.parents) if not directory.exists()]
+    try:
+        for directory in reversed(missing):
+            directory.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise NodeError(f"{path}: {error.strerror}; choose another run_dir") from None
+    status = path.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
+        raise NodeError(f"{path}: must be a directory of user {os.geteuid()} alone (mode 0700); remove it, or chmod it")
+
+
+def _lock(paths: RunDir, name: str) -> int:
+    while True:
+        path = paths.supervisor_lock
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except FileNotFoundError:  # the directory went with the former owner
+            _make_private(paths.path)
+            continue
+        except OSError as error:
+            raise NodeError(f"{path}: {error.strerror}") from None
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(descriptor)
+            pid = lock_holder(path)
+            if pid:
+                who = f"its supervisor has pid {pid}" if pid > 0 else "in another container"
+                raise NodeError(f"{name} is running already: {who}; stop it with: lmpipe down {paths.path}") from None
+            continue
+        if os.fstat(descriptor).st_nlink:
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"{os.getpid()}\n".encode())
+            return descriptor
+        os.close(descriptor)
+
+
+def _end_all(paths: RunDir, workers: dict[str, WorkerNote], report: Callable[[str], None]) -> None:
+    ending: dict[str, int] = {}
+    try:
+        for name, note in workers.items():
+            pid = lock_holder(session_lock(paths, note.session)) if note.session else 0
+            if pid < 0:
+                raise NodeError(f"{name}, pid {note.pid}, still runs in another container; end it there first")
+            if pid != note.pid:
+                continue  # dead, and the number may be a stranger's by now
+            pidfd = os.pidfd_open(pid)
+            ending[name] = pidfd
+            # Asked again with the pidfd in hand: it is still this worker that the descriptor means.
+            if lock_holder(session_lock(paths, note.session)) == pid:
+                report(f"{name}: pid {pid} was left by a supervisor that died; ending it")
+                _send(pidfd, signal.SIGTERM)
+                _send(pidfd, signal.SIGCONT)
+        deadline_s = time.monotonic() + TERM_S
+        for pidfd in ending.values():
+            if not _wait(pidfd, deadline_s - time.monotonic()):
+                _send(pidfd, signal.SIGKILL)
+                _wait(pidfd, TERM_S)
+    finally:
+        for pidfd in ending.values():
+            os.close(pidfd)
+
+
+def _send(pidfd: int, number: signal.Signals) -> None:
+    try:
+        signal.pidfd_send_signal(pidfd, number)
+    except ProcessLookupError:
+        return  # it is gone, which is what was wanted
+
+
+def _wait(pidfd: int, timeout_s: float) -> bool:
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(max(0.0, timeout_s) * 1000))

@@ -1,0 +1,123 @@
+"""A node from start to end, in the supervisor's process: claim, segments, workers, and nothing left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from lmpipe.child import ProcessSpec
+from lmpipe.errors import NodeError
+from lmpipe.launch.claim import Claim
+from lmpipe.launch.link import StageLink
+from lmpipe.launch.segments import Progress, Segments
+from lmpipe.rundir import RunDir
+from lmpipe.signals import SignalPipe
+from lmpipe.supervisor import Policy, Supervisor
+from lmpipe.topology import NODE_VERSION, NodeInfo, Topology
+
+Report = Callable[[str], None]
+
+
+class Interrupted(NodeError):
+    """A signal came before the node was ready."""
+
+
+def run_node(
+    topology: Topology,
+    *,
+    report: Report,
+    progress: Progress,
+    on_ready: Callable[[NodeInfo], None],
+    keep_dram: bool = False,
+) -> None:
+    """Runs the node until a signal asks it to stop.
+
+    Raises:
+        NodeError: it runs already, or a worker did not start; nothing is left behind.
+        SegmentError: there is no room for its segments; nothing is left behind.
+    """
+    paths = RunDir(Path(topology.run_dir))
+    with contextlib.ExitStack() as undo:
+        signals = SignalPipe()
+        undo.callback(signals.close)
+        claim = Claim(paths, topology.name)
+        undo.callback(claim.release)
+        claim.end_former_life(report)
+        was_ready = False
+
+        def watched(segment: str, done: int, total: int) -> None:
+            if signals.count:
+                raise Interrupted("stopped before it was ready")
+            progress(segment, done, total)
+
+        segments = Segments(paths, topology, report, watched)
+
+        def clear() -> None:
+            # What a former life left in DRAM is not a failed start's to throw away.
+            claim.clear(keep_dram=keep_dram or paths.keep_dram.exists() if was_ready else segments.took_over)
+
+        undo.callback(clear)
+        info = _info(topology, paths, segments.build())
+        info.write()
+
+        def ready() -> None:
+            nonlocal was_ready
+            was_ready = True
+            on_ready(info)
+
+        _supervise(info, signals, report, ready)
+        if not was_ready:
+            raise Interrupted("stopped before it was ready")
+
+
+def _supervise(info: NodeInfo, signals: SignalPipe, report: Report, ready: Callable[[], None]) -> None:
+    topology, paths = info.topology, info.paths
+    link = StageLink(info)
+    try:
+        supervisor = Supervisor(
+            [_spec(paths, process.name) for process in topology.processes],
+            policy_of(topology),
+            link,
+            paths.up("supervisor"),
+            signals,
+            report=report,
+            buried=lambda name, pid: None,
+        )
+        supervisor.run(ready)
+    finally:
+        link.close()
+
+
+def policy_of(topology: Topology) -> Policy:
+    """The supervisor's limits."""
+    watchdog_s = topology.watchdog_ms / 1000
+    return Policy(
+        ready_s=topology.ready_ms / 1000,
+        ping_s=max(topology.heartbeat_ms / 1000, watchdog_s / 5),
+        watchdog_s=watchdog_s,
+        budget=topology.restarts.budget,
+        window_s=topology.restarts.window_s,
+        drain_s=topology.drain_ms / 1000,
+    )
+
+
+def _spec(paths: RunDir, process: str) -> ProcessSpec:
+    argv = (sys.executable, "-P", "-m", "lmpipe.launch", str(paths.path), process)
+    return ProcessSpec(process, argv, paths.log(process))
+
+
+def _info(topology: Topology, paths: RunDir, arena_id: bytes) -> NodeInfo:
+    channels = ("load", "save")
+    return NodeInfo(
+        NODE_VERSION,
+        topology,
+        str(paths.path),
+        arena_id.hex(),
+        {stage: {channel: paths.endpoint(stage, channel) for channel in channels} for stage in topology.stages},
+        os.getpid(),
+        time.time(),
+    )
