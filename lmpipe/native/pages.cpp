@@ -14,31 +14,6 @@ constexpr uint64_t PIECE_BYTES = 512 * 1024;
 
 std::string nth(const char *argument, size_t i) { return std::string(argument) + "[" + std::to_string(i) + "]"; }
 
-// Collects runs and joins those that continue each other on both sides.
-class Runs {
-   public:
-    void add(const uint8_t *source, uint8_t *destination, size_t bytes) {
-        if (n_) {
-            Run &last = runs_[n_ - 1];
-            if (last.source + last.bytes == source && last.destination + last.bytes == destination) {
-                last.bytes += bytes;
-                return;
-            }
-            if (n_ == CAPACITY) flush();
-        }
-        runs_[n_++] = {source, destination, bytes};
-    }
-    void flush() {
-        kernels().copy_runs(runs_, n_);
-        n_ = 0;
-    }
-
-   private:
-    static constexpr size_t CAPACITY = 512;  // 64 KiB of the smallest pages: the kernel reads ahead within one list
-    Run runs_[CAPACITY];
-    size_t n_ = 0;
-};
-
 }  // namespace
 
 PagePool::PagePool(std::vector<Region> regions, const uint32_t *plane_region, const uint64_t *plane_offset,
@@ -111,30 +86,65 @@ void Transfer::check_ids() const {
     }
 }
 
-// Pieces are whole pages where a page is smaller than a piece, and parts of one where it is larger.
+// Cuts are whole pages where a page is smaller than a piece, and parts of one where it is larger. Small cuts make a piece
+// together: the kernel reads ahead within one list of runs, so that short lists would wait at each beginning.
 void Transfer::cut() {
     for (const Plane &plane : pool_.planes()) {
         const uint64_t whole_pages = std::max<uint64_t>(PIECE_BYTES / plane.page_bytes, 1);
         const uint64_t bytes = plane.page_bytes > PIECE_BYTES ? PIECE_BYTES : whole_pages * plane.page_bytes;
-        piece_bytes_.push_back(bytes);
-        first_piece_.push_back(pieces_per_chunk_);
-        pieces_per_chunk_ += (plane.page_bytes * pages_per_chunk_ + bytes - 1) / bytes;
+        cut_bytes_.push_back(bytes);
+        first_cut_.push_back(cuts_per_chunk_);
+        cuts_per_chunk_ += (plane.page_bytes * pages_per_chunk_ + bytes - 1) / bytes;
     }
-    pieces = pieces_per_chunk_ * chunks_;
+    if (cuts_per_chunk_ == 0) return;
+    const uint64_t mean_bytes = std::max<uint64_t>(pool_.bytes_per_page() * pages_per_chunk_ / cuts_per_chunk_, 1);
+    cuts_per_piece_ = std::max<uint64_t>(PIECE_BYTES / mean_bytes, 1);
+    pieces = (cuts_per_chunk_ * chunks_ + cuts_per_piece_ - 1) / cuts_per_piece_;
 }
 
+// Collects runs and joins those that continue each other on both sides.
+class Transfer::Runs {
+   public:
+    void add(const uint8_t *source, uint8_t *destination, size_t bytes) {
+        if (n_) {
+            Run &last = runs_[n_ - 1];
+            if (last.source + last.bytes == source && last.destination + last.bytes == destination) {
+                last.bytes += bytes;
+                return;
+            }
+            if (n_ == CAPACITY) flush();
+        }
+        runs_[n_++] = {source, destination, bytes};
+    }
+    void flush() {
+        kernels().copy_runs(runs_, n_);
+        n_ = 0;
+    }
+
+   private:
+    static constexpr size_t CAPACITY = 512;  // 64 KiB of the smallest pages: the kernel reads ahead within one list
+    Run runs_[CAPACITY];
+    size_t n_ = 0;
+};
+
 void Transfer::piece(uint64_t index) noexcept {
-    const uint64_t chunk = index / pieces_per_chunk_, in_chunk = index % pieces_per_chunk_;
-    const auto after = std::upper_bound(first_piece_.begin(), first_piece_.end(), in_chunk);
-    const auto p = static_cast<size_t>(after - first_piece_.begin()) - 1;
+    const uint64_t first = index * cuts_per_piece_, end = std::min(first + cuts_per_piece_, cuts_per_chunk_ * chunks_);
+    Runs runs;
+    for (uint64_t cut = first; cut < end; cut++) add_cut(cut, runs);
+    runs.flush();
+}
+
+void Transfer::add_cut(uint64_t index, Runs &runs) const {
+    const uint64_t chunk = index / cuts_per_chunk_, in_chunk = index % cuts_per_chunk_;
+    const auto after = std::upper_bound(first_cut_.begin(), first_cut_.end(), in_chunk);
+    const auto p = static_cast<size_t>(after - first_cut_.begin()) - 1;
     const Plane &plane = pool_.planes()[p];
     const int32_t *ids = page_ids_.data() + chunk * pages_per_chunk_;
     uint8_t *const block = payloads_[chunk] + plane.page_start * pages_per_chunk_;
 
-    uint64_t at = (in_chunk - first_piece_[p]) * piece_bytes_[p];
-    const uint64_t end = std::min(at + piece_bytes_[p], plane.page_bytes * pages_per_chunk_);
+    uint64_t at = (in_chunk - first_cut_[p]) * cut_bytes_[p];
+    const uint64_t end = std::min(at + cut_bytes_[p], plane.page_bytes * pages_per_chunk_);
     uint64_t page = at / plane.page_bytes, inside = at % plane.page_bytes;
-    Runs runs;
     while (at < end) {
         const uint64_t bytes = std::min(plane.page_bytes - inside, end - at);
         if (ids[page] >= 0) {
@@ -149,7 +159,6 @@ void Transfer::piece(uint64_t index) noexcept {
         page++;
         inside = 0;
     }
-    runs.flush();
 }
 
 }  // namespace lmpipe

@@ -48,8 +48,11 @@ class Transfer final : public Job {
     void piece(uint64_t index) noexcept override;
 
    private:
+    class Runs;
+
     void check_ids() const;
     void cut();
+    void add_cut(uint64_t index, Runs &runs) const;
 
     Direction direction_;
     const PagePool &pool_;
@@ -57,9 +60,10 @@ class Transfer final : public Job {
     size_t chunks_, pages_per_chunk_;
     std::vector<uint8_t *> payloads_;
     uint64_t bytes_ = 0;
-    // Per plane: the bytes of one piece, and how many pieces of a chunk the planes before it have.
-    std::vector<uint64_t> piece_bytes_, first_piece_;
-    uint64_t pieces_per_chunk_ = 0;
+    // A cut is a part of one plane of one chunk, a piece is some cuts in a row. Per plane: the bytes of a cut, and how
+    // many cuts of a chunk the planes before it have.
+    std::vector<uint64_t> cut_bytes_, first_cut_;
+    uint64_t cuts_per_chunk_ = 0, cuts_per_piece_ = 1;
 };
 
 }  // namespace lmpipe
