@@ -84,23 +84,25 @@ def _directory(run_dir: Path, tier: Tier, generation: int) -> Path:
 class _Opened:
     """This process's one environment for a directory: LMDB's locks are the process's, a second one would drop them."""
 
-    __slots__ = ("_directory", "_environment", "_users")
+    __slots__ = ("_environment", "_name", "_users")
     _kept: ClassVar[list[lmdb.Environment]] = []
-    _all: ClassVar[dict[Path, _Opened]] = {}
+    _all: ClassVar[dict[tuple[Path, int], _Opened]] = {}
+    """By path and inode: after `down` and `up` another directory may have the name of one that is still mapped."""
     _lock: ClassVar[threading.Lock] = threading.Lock()
 
-    def __init__(self, directory: Path, environment: lmdb.Environment) -> None:
-        self._directory = directory
+    def __init__(self, name: tuple[Path, int], environment: lmdb.Environment) -> None:
+        self._name = name
         self._environment: lmdb.Environment | None = environment
         self._users = 0
 
     @classmethod
     def acquire(cls, directory: Path, make: Callable[[], lmdb.Environment]) -> _Opened:
-        """The environment of a directory, shared by all writers and readers of this process."""
+        """The environment of a directory that exists, shared by all writers and readers of this process."""
+        name = directory, directory.stat().st_ino
         with cls._lock:
-            opened = cls._all.get(directory)
+            opened = cls._all.get(name)
             if opened is None:
-                opened = cls._all[directory] = cls(directory, make())
+                opened = cls._all[name] = cls(name, make())
             opened._users += 1
             return opened
 
@@ -109,7 +111,7 @@ class _Opened:
         with self._lock:
             self._users -= 1
             if not self._users and self._environment is not None:
-                del self._all[self._directory]
+                del self._all[self._name]
                 self._environment.close()
                 self._environment = None
 
@@ -126,7 +128,7 @@ class _Opened:
             SegmentError: opened before a fork, by the parent.
         """
         if self._environment is None:
-            raise SegmentError(f"{self._directory} was opened by another process, before a fork")
+            raise SegmentError(f"{self._name[0]} was opened by another process, before a fork")
         return self._environment
 
     @classmethod
@@ -170,10 +172,10 @@ class IndexWriter:
         self._directory = _directory(run_dir, tier, self.generation)
         if self._directory.exists():  # left by a writer that died before it published
             shutil.rmtree(self._directory)
+        self._directory.mkdir(parents=True, mode=0o700)
         self._opened: _Opened | None = _Opened.acquire(self._directory, lambda: self._create(max_readers))
 
     def _create(self, max_readers: int) -> lmdb.Environment:
-        self._directory.mkdir(parents=True, mode=0o700)
         lock_bytes = round_up(256 + 64 * max_readers)
         files = os.statvfs(self._directory)
         free = files.f_bavail * files.f_frsize
