@@ -1,0 +1,222 @@
+"""What is counted, by kind of process, and its exposition to Prometheus. Knows no process and no file.
+
+A worker's counters are those of its runner and, prefixed with the stage's name, those of its stages. Numbers only grow;
+those named in a `*_GAUGES` set go up and down.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from wsgiref.simple_server import WSGIServer
+
+from prometheus_client import CollectorRegistry, generate_latest, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+RUNNER_COUNTERS = {
+    "turns": "Turns of the loop",
+    "busy_us": "Microseconds between waking and waiting again",
+    "errors": "Expected trouble, answered or logged",
+    "jobs": "Pieces of work given to worker threads",
+    "jobs_failed": "Of these, ended by an exception",
+    "spans_dropped": "Trace events for which there was no room",
+}
+SEAT_COUNTERS = {
+    "messages": "Messages handled",
+    "bad_frames": "Messages that could not be decoded",
+    "refused": "Messages answered with a refusal by the runner",
+    "below_changes": "Times that the stages below were other ones, or gone",
+}
+"""What the runner counts for each stage."""
+
+STAGE_COUNTERS: dict[str, dict[str, str]] = {
+    "gather": {
+        "recovered_chunks": "Chunks found in the arena at start",
+        "committed_chunks": "Chunks made visible",
+        "known_chunks": "Chunks offered again",
+        "dropped_chunks": "Chunks not taken",
+        "persisted_ssd_chunks": "Chunks that the SSD tier took",
+        "persisted_remote_chunks": "Chunks that the remote tier took",
+        "refused_ssd_chunks": "Chunks that the SSD tier did not take",
+        "refused_remote_chunks": "Chunks that the remote tier did not take",
+        "promoted_chunks": "Chunks brought up from below",
+        "load_failed_chunks": "Chunks asked for that did not come",
+        "evicted_chunks": "Chunks evicted from DRAM",
+        "unexpected_messages": "Messages that nobody here waits for",
+        "dram_used_bytes": "Bytes of the arena in use",
+        "dram_capacity_bytes": "Bytes of the arena",
+        "dram_rows": "Rows of the DRAM index",
+        "unpersisted_rows": "Rows that a tier below has still to take",
+        "producers": "Engines registered",
+    },
+    "compress": {
+        "encoded_chunks": "Chunks encoded",
+        "encoded_bytes": "Bytes after encoding",
+        "encode_raw_bytes": "Bytes before encoding",
+        "decoded_chunks": "Chunks decoded",
+        "decoded_bytes": "Bytes after decoding",
+        "passed_chunks": "Chunks passed on as they are",
+        "failed_chunks": "Chunks that could not be encoded or decoded",
+        "unexpected_messages": "Messages that nobody here waits for",
+        "ring_used_bytes": "Bytes of the ring in use",
+        "ring_capacity_bytes": "Bytes of the ring",
+    },
+    "persist": {
+        "written_chunks": "Chunks written",
+        "written_bytes": "Bytes written",
+        "read_chunks": "Chunks read",
+        "read_bytes": "Bytes read",
+        "dropped_chunks": "Chunks not taken",
+        "load_failed_chunks": "Chunks asked for that could not be read",
+        "corrupt_chunks": "Chunks whose bytes are not what was written",
+        "evicted_chunks": "Chunks whose space was used again",
+        "unexpected_messages": "Messages that nobody here waits for",
+        "rows": "Rows of the SSD index",
+        "used_bytes": "Bytes of segment files",
+        "capacity_bytes": "Bytes the tier may use",
+        "read_only": "1: the tier takes nothing (disk full or failed)",
+        "ring_used_bytes": "Bytes of the ring in use",
+        "ring_capacity_bytes": "Bytes of the ring",
+    },
+    "replicate": {
+        "written_chunks": "Objects stored",
+        "written_bytes": "Bytes stored",
+        "read_chunks": "Objects fetched",
+        "read_bytes": "Bytes fetched",
+        "dropped_chunks": "Chunks not taken",
+        "load_failed_chunks": "Chunks asked for that could not be fetched",
+        "corrupt_chunks": "Objects whose bytes are not what was stored",
+        "evicted_chunks": "Objects removed for room",
+        "unexpected_messages": "Messages that nobody here waits for",
+        "rows": "Rows of the remote index",
+        "used_bytes": "Bytes of objects",
+        "capacity_bytes": "Bytes the tier may use",
+        "store_down": "1: the store does not answer and is not asked",
+        "ring_used_bytes": "Bytes of the ring in use",
+        "ring_capacity_bytes": "Bytes of the ring",
+    },
+}
+_PRODUCER = {
+    "lookups": "Lookups",
+    "lookup_tokens": "Tokens looked up",
+    "hit_tokens": "Tokens found",
+    "loads": "Loads",
+    "loaded_tokens": "Tokens loaded",
+    "loaded_bytes": "Bytes loaded",
+    "hit_chunks_dram": "Chunks loaded from DRAM",
+    "hit_chunks_ssd": "Chunks loaded from SSD",
+    "hit_chunks_remote": "Chunks loaded from the remote tier",
+    "load_failed_chunks": "Chunks found that could not be loaded",
+    "saves": "Saves",
+    "save_chunks": "Chunks offered",
+    "saved_chunks": "Chunks visible in DRAM",
+    "save_dropped_chunks": "Chunks not taken",
+    "persisted_chunks": "Chunks that a tier below took",
+    "evicted_chunks": "Chunks evicted",
+    "unexpected_messages": "Messages that nobody here waits for",
+}
+PRODUCER_COUNTERS = tuple(_PRODUCER)
+GAUGES = frozenset(
+    {
+        "gather_dram_used_bytes",
+        "gather_dram_capacity_bytes",
+        "gather_dram_rows",
+        "gather_unpersisted_rows",
+        "gather_producers",
+        *(
+            f"{stage}_{name}"
+            for stage in ("compress", "persist", "replicate")
+            for name in ("rows", "used_bytes", "capacity_bytes", "read_only", "store_down")
+        ),
+        *(
+            f"{stage}_ring_{name}_bytes"
+            for stage in ("compress", "persist", "replicate")
+            for name in ("used", "capacity")
+        ),
+    }
+)
+
+_HELP = {
+    **RUNNER_COUNTERS,
+    **_PRODUCER,
+    **{
+        f"{stage}_{name}": text
+        for stage, table in STAGE_COUNTERS.items()
+        for name, text in {**SEAT_COUNTERS, **table}.items()
+    },
+}
+
+
+def worker_counters(stages: Sequence[str]) -> tuple[str, ...]:
+    """Counter names of a worker process that runs these stages."""
+    seats = (f"{stage}_{name}" for stage in stages for name in (*SEAT_COUNTERS, *STAGE_COUNTERS.get(stage, ())))
+    return (*RUNNER_COUNTERS, *seats)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """The counters of one process, or of one of its lives: lives of one name are added up, so that sums only grow."""
+
+    process: str
+    values: Mapping[str, int]
+
+
+class _Samples(Collector):
+    def __init__(self, collect: Callable[[], Iterable[Sample]]) -> None:
+        self._collect = collect
+
+    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
+        sums: dict[str, dict[str, int]] = {}
+        for sample in self._collect():
+            for name, value in sample.values.items():
+                by_process = sums.setdefault(name, {})
+                # A gauge is what the latest life says; the caller yields the lives in order.
+                by_process[sample.process] = value + (0 if name in GAUGES else by_process.get(sample.process, 0))
+        for name, by_process in sorted(sums.items()):
+            family = GaugeMetricFamily if name in GAUGES else CounterMetricFamily
+            metric = family(f"lmpipe_{name}", _HELP.get(name, name), labels=["process"])
+            for process, value in by_process.items():
+                metric.add_metric([process], value)
+            yield metric
+
+
+def render(samples: Iterable[Sample]) -> str:
+    """Prometheus text format 0.0.4."""
+    return generate_latest(_registry(lambda: samples)).decode()
+
+
+def _registry(collect: Callable[[], Iterable[Sample]]) -> CollectorRegistry:
+    registry = CollectorRegistry()
+    registry.register(_Samples(collect))
+    return registry
+
+
+@dataclass(frozen=True, slots=True)
+class Exporter:
+    """A running HTTP endpoint."""
+
+    server: WSGIServer
+    thread: threading.Thread
+
+    @property
+    def port(self) -> int:
+        """The port it listens on."""
+        return self.server.server_port
+
+    def close(self) -> None:
+        """Ends it."""
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+
+def serve(host: str, port: int, collect: Callable[[], Iterable[Sample]]) -> Exporter:
+    """Answers GET /metrics on threads of its own; `collect` is called there, for each request.
+
+    Raises:
+        OSError: the port (0: any) is taken.
+    """
+    server, thread = start_http_server(port, host, _registry(collect))
+    return Exporter(server, thread)

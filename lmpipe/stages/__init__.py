@@ -1,0 +1,1 @@
+"""The stages of the pipeline and what runs them. A stage knows no other stage."""
