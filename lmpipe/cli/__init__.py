@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from lmpipe.cli import check, clear, down, lookup, status, up
-from lmpipe.cli.nodes import NodeAbsent
+from lmpipe.cli.nodes import NodeAbsent, UsageError
 from lmpipe.errors import LmpipeError, TopologyError
 
 VERBS = (up, down, check, status, lookup, clear)
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else 2
     try:
         return args.run(args)
-    except TopologyError as error:
+    except (TopologyError, UsageError) as error:
         return _fail(error, 2)
     except NodeAbsent as error:
         return _fail(error, 3)

@@ -1,17 +1,72 @@
-"""`lmpipe clear`."""
+"""`lmpipe clear`: forget chunks, of one namespace or all, in some tiers or all."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import secrets
+import time
 
-from lmpipe.cli.nodes import Subparsers, add_verb
+from lmpipe.bus import Client, Poller
+from lmpipe.cli.lookup import namespace_of
+from lmpipe.cli.nodes import Subparsers, add_node_arguments, add_verb, node_of
+from lmpipe.errors import NodeError
+from lmpipe.handles import SessionId, Tier
+from lmpipe.keys import namespace_id
+from lmpipe.messages import Invalidate, Invalidated, Refused
+
+EXAMPLES = """
+lmpipe clear                              everything, everywhere
+lmpipe clear local --tier dram            only what lies in DRAM
+lmpipe clear --namespace 3f…9a            one model and tenant (Producer.namespace.hex())
+"""
+REF = 1
 
 
 def add(verbs: Subparsers) -> None:
     """Registers the verb."""
-    add_verb(verbs, "clear", "later", "").set_defaults(run=run)
+    parser = add_verb(verbs, "clear", "forget chunks", EXAMPLES)
+    add_node_arguments(parser)
+    parser.add_argument(
+        "--tier", action="append", choices=[tier.value for tier in Tier], help="only here; may be repeated"
+    )
+    parser.add_argument("--namespace", metavar="HEX", help="only this one, 64 hex digits")
+    parser.add_argument("--timeout", type=float, default=30.0, metavar="S", help="how long to wait (default: 30 s)")
+    parser.add_argument("--json", action="store_true", help="the answer as JSON")
+    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Later."""
-    return 1
+    """Exit status 0 when gather has answered."""
+    namespace = namespace_id(namespace_of(args.namespace)) if args.namespace else 0
+    info = node_of(args)
+    tiers = [tier for tier in info.topology.tier_names if not args.tier or tier.value in args.tier]
+    if not tiers:
+        raise NodeError(f"{info.topology.name} has no tier {', '.join(args.tier)}")
+    client = Client({"load": info.endpoints["gather"]["load"], "save": info.endpoints["gather"]["save"]})
+    try:
+        request = Invalidate(SessionId(secrets.randbits(62) + 1), REF, namespace, tiers)
+        removed = _ask(client, request, time.monotonic() + args.timeout)
+    finally:
+        client.close()
+    names = [tier.value for tier in tiers]
+    print(
+        json.dumps({"removed": removed, "tiers": names})
+        if args.json
+        else f"{removed:,} rows removed from {', '.join(names)}"
+    )
+    return 0
+
+
+def _ask(client: Client, request: Invalidate, deadline_s: float) -> int:
+    poller, sent = Poller(), False
+    poller.register(client)
+    while time.monotonic() < deadline_s:
+        sent = sent or client.send("save", request)
+        poller.poll(50)
+        while (answer := client.recv()) is not None:
+            if isinstance(answer, Invalidated) and answer.ref == REF:
+                return answer.removed
+            if isinstance(answer, Refused):
+                raise NodeError(f"gather refused: {answer.reason}")
+    raise NodeError("gather has not answered" if sent else "gather cannot be reached; see: lmpipe status")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from lmpipe import topology
-from lmpipe.errors import NodeError
+from lmpipe.errors import LmpipeError, NodeError
 from lmpipe.launch.claim import lock_holder
 from lmpipe.rundir import RunDir, default_parent
 from lmpipe.topology import NodeInfo
@@ -17,6 +17,10 @@ Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  #
 
 class NodeAbsent(NodeError):
     """There is no such node."""
+
+
+class UsageError(LmpipeError):
+    """An argument that cannot be what is meant."""
 
 
 def add_verb(verbs: Subparsers, name: str, summary: str, examples: str) -> argparse.ArgumentParser:
