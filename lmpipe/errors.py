@@ -1,6 +1,7 @@
 """The errors lmpipe raises, each naming whose fault it is. Knows nothing of the rest of the package.
 
-Expected trouble (a full ring, a store that is down) is no exception: it becomes a miss or a dropped save, counted with its reason.
+Expected trouble (a full ring, a store that is down) is no exception: it becomes a miss or a dropped save, counted with
+its reason.
 """
 
 

@@ -20,8 +20,8 @@ The same 72 bytes stand in messages, in index rows, in slot headers and in the h
         | namespace                  u64 |  first bytes of the namespace's digest
      72 +--------------------------------+
 
-`place` is read by tier: a slot and its generation in DRAM, a segment and its 4 KiB block on SSD, nothing for a remote object,
-whose name follows from the record. All integers are little-endian. Knows no tier, no memory and no socket.
+`place` is read by tier: a slot and its generation in DRAM, a segment and its 4 KiB block on SSD, nothing for a remote
+object, whose name follows from the record. All integers are little-endian. Knows no tier, no memory and no socket.
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ CHUNK = np.dtype(
         "itemsize": 72,
     }
 )
-"""The chunk record. `raw_bytes`: payload before encoding; `nbytes`: as stored; `expires_at`: seconds since 1970, 0 for never."""
+"""The chunk record. `raw_bytes`: payload before encoding; `nbytes`: as stored; `expires_at`: seconds since 1970, 0 for
+never.
+"""
 
 ChunkRecords = npt.NDArray[np.void]
 """A one-dimensional array of dtype `CHUNK`."""

@@ -3,9 +3,11 @@
     content[i] = BLAKE3(tokens of chunk i as little-endian uint32 ‖ extras of chunk i)
     key[i]     = BLAKE3_keyed(namespace digest, key[i-1] ‖ content[i])[:16]        key[-1] = sixteen zero bytes
 
-The first level is independent from chunk to chunk, so the native module hashes many at once in SIMD lanes; only 48 bytes per chunk
-go through the serial second level. In the index a key stands as anchor ‖ key, where the anchor is the first 4 bytes of the key that
-opens its group of 64 chunks: a prompt's rows become neighbours in the B-tree. The tensor-parallel rank is not in the chain.
+The first level is independent from chunk to chunk, so the native module hashes many at once in SIMD lanes; only 48
+bytes per chunk go through the serial second level. In the index a key stands as anchor ‖ key, where the anchor is the
+first 4 bytes of the key that
+opens its group of 64 chunks: a prompt's rows become neighbours in the B-tree. The tensor-parallel rank is not in the
+chain.
 
 Owns what a key is made of. Does not know where a chunk is stored.
 """
@@ -37,7 +39,8 @@ Tokens = npt.NDArray[np.uint32]
 class Extra:
     """Something other than token ids that the KV of a token range depends on.
 
-    `kind` must be one of `KNOWN_EXTRAS`; `digest` names the content (an image's hash, say); tokens `[first, last)` depend on it.
+    `kind` must be one of `KNOWN_EXTRAS`; `digest` names the content (an image's hash, say); tokens `[first, last)`
+    depend on it.
     """
 
     kind: str
@@ -99,7 +102,9 @@ def _content(tokens: Tokens, chunk_tokens: int, first_chunk: int, extras: Iterab
     spans: dict[int, list[bytes]] = {}
     for extra in sorted(extras, key=lambda e: (e.first, e.last, e.kind, e.digest)):
         if extra.kind not in KNOWN_EXTRAS:
-            raise UnsupportedError(f"unknown extra {extra.kind!r} (known: {', '.join(sorted(KNOWN_EXTRAS))}): do not cache")
+            raise UnsupportedError(
+                f"unknown extra {extra.kind!r} (known: {', '.join(sorted(KNOWN_EXTRAS))}): do not cache"
+            )
         for chunk in range(extra.first // chunk_tokens, -(-extra.last // chunk_tokens)):
             # Positions relative to the chunk: the content hash stays free of where the chunk stands.
             first, last = extra.first - chunk * chunk_tokens, extra.last - chunk * chunk_tokens

@@ -1,7 +1,7 @@
 """The shape of KV bytes: the only file that multiplies dimensions.
 
-An engine keeps its KV in planes. A plane is an array of pages of equal size; the axes that select a plane come first in a chunk's payload,
-then the pages of the chunk in order, then what one page holds:
+An engine keeps its KV in planes. A plane is an array of pages of equal size; the axes that select a plane come first in
+a chunk's payload, then the pages of the chunk in order, then what one page holds:
 
     payload = [plane axes…][page 0 … page n-1][axes inside a page]
 
@@ -13,7 +13,8 @@ then the pages of the chunk in order, then what one page holds:
     MLA                       kv = 1, heads = 1
     opaque (AMX tiles)        planes of bytes            page (opaque)
 
-Chunks keep the engine's own byte order; where it is known, `canonical` gives codecs the view [layer][K|V][token][head][dim].
+Chunks keep the engine's own byte order; where it is known, `canonical` gives codecs the view
+[layer][K|V][token][head][dim].
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ CHUNK_TOKENS = 256
 class KVLayout:
     """Shape, dtype and byte order of one engine rank's KV cache for one cache group.
 
-    `planes` and `page` partition the axes `layer, kv, head, token, dim`, outermost first; `token` lies in the page. With
-    `opaque_page_bytes` set, a page's inner order is unknown: `page` is then `("opaque",)` and only byte codecs may run. `isa` names
-    the instruction set where the engine's order depends on it.
+    `planes` and `page` partition the axes `layer, kv, head, token, dim`, outermost first; `token` lies in the page.
+    With `opaque_page_bytes` set, a page's inner order is unknown: `page` is then `("opaque",)` and only byte codecs may
+    run. `isa` names the instruction set where the engine's order depends on it.
 
     Raises:
         LayoutError: the axes do not partition, a dimension is not positive, or the dtype is unknown.
@@ -71,7 +72,9 @@ class KVLayout:
             return
         axes = self.planes + self.page
         if sorted(axes) != sorted(AXES) or "token" in self.planes or "dim" in self.planes:
-            raise LayoutError(f"planes {self.planes} and page {self.page} must partition {AXES}, token and dim in the page")
+            raise LayoutError(
+                f"planes {self.planes} and page {self.page} must partition {AXES}, token and dim in the page"
+            )
 
     @classmethod
     def dense(cls, layers: int, kv_heads: int, head_dim: int, dtype: str) -> KVLayout:
@@ -79,7 +82,9 @@ class KVLayout:
         return cls(layers, kv_heads, head_dim, dtype, 1, ("layer", "kv", "head"), ("token", "dim"))
 
     @classmethod
-    def paged(cls, layers: int, kv_heads: int, head_dim: int, dtype: str, page_tokens: int, *, order: str = "NHD") -> KVLayout:
+    def paged(
+        cls, layers: int, kv_heads: int, head_dim: int, dtype: str, page_tokens: int, *, order: str = "NHD"
+    ) -> KVLayout:
         """Separate K and V pools of pages `[token, head, dim]` (NHD) or `[head, token, dim]` (HND)."""
         inner = {"NHD": ("token", "head", "dim"), "HND": ("head", "token", "dim")}.get(order)
         if inner is None:

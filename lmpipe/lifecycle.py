@@ -1,12 +1,13 @@
 """The law of a slot: its states and the events that may change them.
 
-A slot is FREE until its owner (gather for the arena, a stage for its ring) leases it to a writer. The writer opens it (WRITING), fills
-it, closes it (READY). Only the owner makes it visible (COMMITTED), and only the owner ends it: DOOM first, so that no new hold succeeds,
-then, once no hold names this generation, FREE with the next generation. A writer that dies leaves LEASED, WRITING or READY behind; the
-owner may FREE those only when the writer's session lock is gone or the writer itself gave the lease back, never because time has passed:
-a stopped writer may wake up and go on writing.
+A slot is FREE until its owner (gather for the arena, a stage for its ring) leases it to a writer. The writer opens it
+(WRITING), fills it, closes it (READY). Only the owner makes it visible (COMMITTED), and only the owner ends it: DOOM
+first, so that no new hold succeeds, then, once no hold names this generation, FREE with the next generation. A writer
+that dies leaves LEASED, WRITING or READY behind; the owner may FREE those only when the writer's session lock is gone
+or the writer itself gave the lease back, never because time has passed: a stopped writer may wake up and go on writing.
 
-Who may fire which event is part of the table, because "whoever owns memory writes it" is what keeps a late worker harmless.
+Who may fire which event is part of the table, because "whoever owns memory writes it" is what keeps a late worker
+harmless.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Keys: equal to a plain reference over the `blake3` package, stable for ever, and sensitive to everything KV depends on."""
+"""Keys: equal to a plain reference over the `blake3` package, stable for ever, and sensitive to everything KV depends
+on.
+"""
 
 from __future__ import annotations
 

@@ -45,7 +45,13 @@ def test_canonical_view(layout: KVLayout) -> None:
     payload = np.arange(layout.chunk_bytes(tokens) // 2, dtype=np.uint16)
     view = layout.canonical(payload.view(np.uint8), tokens)
     assert view.shape == (layout.layers, layout.kv, pages, layout.page_tokens, layout.kv_heads, layout.head_dim, 2)
-    extent = {"layer": layout.layers, "kv": layout.kv, "head": layout.kv_heads, "token": layout.page_tokens, "dim": layout.head_dim}
+    extent = {
+        "layer": layout.layers,
+        "kv": layout.kv,
+        "head": layout.kv_heads,
+        "token": layout.page_tokens,
+        "dim": layout.head_dim,
+    }
     order = [*layout.planes, "page", *layout.page]
     rng = np.random.default_rng(0)
     for _ in range(50):
@@ -59,7 +65,11 @@ def test_canonical_view(layout: KVLayout) -> None:
 
 def test_identity() -> None:
     assert LLAMA.layout_id() == KVLayout.paged(32, 8, 128, "bfloat16", 16).layout_id()
-    others = [KVLayout.dense(32, 8, 128, "bfloat16"), KVLayout.paged(32, 8, 128, "float16", 16), dataclasses.replace(LLAMA, isa="amx")]
+    others = [
+        KVLayout.dense(32, 8, 128, "bfloat16"),
+        KVLayout.paged(32, 8, 128, "float16", 16),
+        dataclasses.replace(LLAMA, isa="amx"),
+    ]
     assert len({layout.layout_id() for layout in [LLAMA, *others]}) == 4
 
 

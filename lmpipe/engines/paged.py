@@ -1,7 +1,7 @@
 """A paged KV cache without a model: what an engine's memory looks like to lmpipe, for tests and benchmarks, yours too.
 
-Pages lie in private memory, or in a named shared segment from which gather copies them itself. What a chunk should hold follows from its
-key, so a checker needs no store of its own.
+Pages lie in private memory, or in a named shared segment from which gather copies them itself. What a chunk should hold
+follows from its key, so a checker needs no store of its own.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class PagedEngine:
         self._segment = None if segment is None else Segment.create(segment, SegmentKind.PAGES, HEADER_BYTES + nbytes)
         if self._segment is None:
             flat = np.zeros(nbytes, np.uint8)
-            region, start = native.Region(flat), 0
+            region, start = native.Region(flat.data), 0
         else:
             flat = np.frombuffer(self._segment.buf, np.uint8, nbytes, HEADER_BYTES)
             region, start = self._segment.region, HEADER_BYTES
@@ -96,5 +96,7 @@ class PagedEngine:
     def __enter__(self) -> PagedEngine:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()

@@ -1,14 +1,15 @@
 """The engine's side of lmpipe: look up, load, save. Knows no engine, never blocks one, never fails one.
 
-    producer = Producer(run_dir, layout, model="llama-3-8b")
-    prompt = producer.prompt(token_ids)                          # hashed once
-    with producer.lookup(prompt) as found:                       # in this process: no socket, no lock shared with a writer
-        loaded = producer.load(found, pool, page_ids)            # copied by this process; loaded.tokens are in the pages
+    producer = Producer(run_dir, layout, model="llama-3-8b") prompt = producer.prompt(token_ids)
+    # hashed once with producer.lookup(prompt) as found:                       # in this process: no socket, no lock
+    shared with a writer
+        loaded = producer.load(found, pool, page_ids)            # copied by this process; loaded.tokens are in the
+        pages
     …compute the rest…
     ticket = producer.save(prompt, pool, page_ids)               # returns at once
 
-When lmpipe is absent every lookup misses and every save is dropped, each counted; when it comes (back), the producer registers again by
-itself. All methods may be called from any thread, but a `Prompt` belongs to one thread at a time.
+When lmpipe is absent every lookup misses and every save is dropped, each counted; when it comes (back), the producer
+registers again by itself. All methods may be called from any thread, but a `Prompt` belongs to one thread at a time.
 """
 
 from __future__ import annotations
@@ -61,8 +62,10 @@ class Producer:
     Args:
         run_dir: the node's run directory; need not exist yet.
         layout: this rank's KV layout.
-        model, revision, tenant, weights_epoch, rope, adapter, cache_salt: what KV depends on besides tokens; see `keys.Namespace`.
-        chunk_tokens: tokens of a chunk, a multiple of the layout's page; None: the node's setting (256 until a node is seen).
+        model, revision, tenant, weights_epoch, rope, adapter, cache_salt: what KV depends on besides tokens; see
+            `keys.Namespace`.
+        chunk_tokens: tokens of a chunk, a multiple of the layout's page; None: the node's setting (256 until a node is
+        seen).
         shard, shards: which part of each chunk's KV this rank holds.
         pages: the engine's pages where they lie in a named shared segment: gather then copies them for saves.
         copy_threads: native threads for each direction of copying.
@@ -166,7 +169,8 @@ class Producer:
         return Prompt.of(self.namespace, self.chunk_tokens, tokens, extras)
 
     def lookup(self, prompt: Prompt, max_tokens: int | None = None) -> Found:
-        """The longest saved prefix, in whole chunks of at most `max_tokens` tokens, its DRAM part held until released or loaded.
+        """The longest saved prefix, in whole chunks of at most `max_tokens` tokens, its DRAM part held until released
+        or loaded.
 
         Served from maps of this process: no message, no lock shared with a writer. Any trouble is a miss.
         """
@@ -194,7 +198,8 @@ class Producer:
             deadline_ms: how long to wait for what lies below DRAM; None: the topology's setting.
 
         Returns:
-            How many tokens, from the start of the prompt and without a gap, are now in the pages. Never raises for trouble in lmpipe.
+            How many tokens, from the start of the prompt and without a gap, are now in the pages. Never raises for
+            trouble in lmpipe.
         """
         attachment = self._link.attachment
         if deadline_ms is None:
@@ -219,8 +224,9 @@ class Producer:
     ) -> SaveTicket:
         """Save chunks [first_chunk, first_chunk + len(page_ids)) of a prompt; returns at once.
 
-        Chunks that are known are not saved again. With private pages (`pool` given) the memory must stay unchanged until
-        `ticket.copied` is set. With mapped pages (`pool` None) call `ticket.revoke()` before the engine gives a page to somebody else.
+        Chunks that are known are not saved again. With private pages (`pool` given) the memory must stay unchanged
+        until `ticket.copied` is set. With mapped pages (`pool` None) call `ticket.revoke()` before the engine gives a
+        page to somebody else.
 
         Raises:
             ValueError: page ids of the wrong shape, or more chunks than the prompt has keys for.
@@ -229,7 +235,9 @@ class Producer:
         if count and page_ids.shape != (count, self.chunk_pages):
             raise ValueError(f"page_ids must be (chunks, {self.chunk_pages}), got {page_ids.shape}")
         if first_chunk < 0 or first_chunk + count > len(prompt.keys):
-            raise ValueError(f"chunks [{first_chunk}, {first_chunk + count}) of a prompt with {len(prompt.keys)} whole chunks")
+            raise ValueError(
+                f"chunks [{first_chunk}, {first_chunk + count}) of a prompt with {len(prompt.keys)} whole chunks"
+            )
         if pool is None and self._pages is None:
             raise ValueError("no pool given, and this producer was made without mapped pages")
         ticket = SaveTicket(next(self._ids), count)
@@ -273,7 +281,9 @@ class Producer:
         return answer.count if isinstance(answer, m.Pinned) else 0
 
     def invalidate(self, prompt: Prompt | None = None, timeout_s: float = 10.0) -> int:
-        """Remove a prompt's chunks (None: all of this namespace) from every tier. Returns the rows removed, -1 without an answer."""
+        """Remove a prompt's chunks (None: all of this namespace) from every tier. Returns the rows removed, -1 without
+        an answer.
+        """
         ref = next(self._ids)
         namespace = int.from_bytes(self.namespace[:8], "little")
         chunks = self._records(prompt) if prompt is not None else m.no_chunks()
@@ -316,7 +326,9 @@ class Producer:
     def __enter__(self) -> Producer:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     # Below: what the link calls back.
@@ -367,7 +379,8 @@ class Producer:
         """Publish the counters where `lmpipe status` and the exporter read them."""
         if attachment is None:
             return
-        path = attachment.info.paths.counters / f"{self.name}-{attachment.session.id:016x}.shm"
+        session = attachment.session.id
+        path = attachment.info.paths.counters_of(f"{self.name}.{session & 0xFFFF:04x}", os.getpid())
         if self._counters is None or self._counters.segment.path != path:
             if self._counters is not None:
                 self._counters.close()
@@ -414,7 +427,7 @@ class Producer:
         for callback in self._callbacks[event]:
             try:
                 callback(event, records)
-            except Exception:  # noqa: BLE001 - a user's callback must not end the link
+            except Exception:
                 log.exception("a callback on %s raised", event)
 
     def _count(self, **amounts: int) -> None:

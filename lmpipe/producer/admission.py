@@ -1,7 +1,7 @@
 """Admission: a load is made only when it is expected to be faster than computing the same tokens.
 
-Rates are running averages of what was seen; until both are known everything is admitted. DRAM hits are always taken: a copy is never slower
-than prefill.
+Rates are running averages of what was seen; until both are known everything is admitted. DRAM hits are always taken: a
+copy is never slower than prefill.
 """
 
 from __future__ import annotations
@@ -40,10 +40,14 @@ class Admission:
         below = [tier for tier in result.by_tier if tier is not Tier.DRAM]
         if len(below) == 1 and len(result.by_tier) == 1 and result.seconds > 0 and not result.reason:
             with self._lock:
-                self.load_bytes_per_s[below[0]] = _mean(self.load_bytes_per_s.get(below[0]), result.nbytes / result.seconds)
+                self.load_bytes_per_s[below[0]] = _mean(
+                    self.load_bytes_per_s.get(below[0]), result.nbytes / result.seconds
+                )
 
     def admit(self, found: Found) -> Found:
-        """Cut a find before the first chunk whose tier is slower than prefill. The holds of what is cut stay until release."""
+        """Cut a find before the first chunk whose tier is slower than prefill. The holds of what is cut stay until
+        release.
+        """
         below = np.flatnonzero(found.tiers != 0)
         prefill = self.prefill_tokens_per_s
         if not len(below) or prefill is None:

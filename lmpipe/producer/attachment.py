@@ -1,7 +1,7 @@
 """What one registration maps of a node: session, holds, arena, index readers; and the lookup, which needs nothing else.
 
-Everything here works while every lmpipe process is stopped or dead: the maps stay, evictors that are dead evict nothing, and generation
-and hold guard each slot. Knows no sockets. `lookup` and `known` may be called from any thread.
+Everything here works while every lmpipe process is stopped or dead: the maps stay, evictors that are dead evict
+nothing, and generation and hold guard each slot. Knows no sockets. `lookup` and `known` may be called from any thread.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lmpipe.shm.hold import Holds, HoldSet
 from lmpipe.shm.node import NodeWords
 from lmpipe.shm.segment import Segment
 from lmpipe.shm.session import Session
-from lmpipe.shm.slots import SlotTable
+from lmpipe.shm.table import SlotTable
 from lmpipe.topology import NodeInfo
 
 GRANTS = 1024
@@ -32,7 +32,7 @@ TIERS = (Tier.DRAM, Tier.SSD, Tier.REMOTE)
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a row must be to serve a producer: its own shard, in its own layout and size, exact enough and not expired."""
+    """What a row must be to serve a producer: its own shard, layout and size, exact enough and not expired."""
 
     layout: int
     chunk_bytes: int
@@ -55,7 +55,9 @@ class Wanted:
 
 @dataclass(slots=True)
 class Found:
-    """An unbroken run of chunks from the start of a prompt, and the holds that keep its DRAM part in place. Release it, or load it."""
+    """An unbroken run of chunks from the start of a prompt, and the holds that keep its DRAM part in place. Release it,
+    or load it.
+    """
 
     chunk_tokens: int
     records: ChunkRecords
@@ -120,7 +122,9 @@ class Attachment:
             self.session.close()
             raise
         self.holds = Holds(self.session)
-        self.readers = [IndexReader(run_dir.path, tier, info.topology.index.map_bytes(tier), self.node) for tier in TIERS]
+        self.readers = [
+            IndexReader(run_dir.path, tier, info.topology.index.map_bytes(tier), self.node) for tier in TIERS
+        ]
         self._lock = threading.Lock()
         self._reading = threading.Lock()
         self._users = 0

@@ -1,12 +1,14 @@
-"""The thread that talks to gather: registers, keeps the session alive, carries what other threads post, hands out what comes back.
+"""The thread that talks to gather: registers, keeps the session alive, carries what other threads post, hands out what
+comes back.
 
     absent ── node.json found, maps attached ──▶ registering ── Registered ──▶ ready
       ▲                                             │ Refused                     │
       │                                             ▼                            │
       └──────── no Pong for three heartbeats ◀─── refused      gather's session changed: register again
 
-Losing gather loses nothing that is mapped: the attachment stays and DRAM hits go on. Only messages stop: saves are dropped and loads from
-below fail at once, each with its reason. No thread of the engine ever waits on a socket. Owns the sockets; knows no pages.
+Losing gather loses nothing that is mapped: the attachment stays and DRAM hits go on. Only messages stop: saves are
+dropped and loads from below fail at once, each with its reason. No thread of the engine ever waits on a socket. Owns
+the sockets; knows no pages.
 """
 
 from __future__ import annotations
@@ -70,7 +72,7 @@ class LeasePool:
 
 
 class Link:
-    """One producer's connection. `hello` makes the Register message; `on_message` gets what is no answer to a request."""
+    """One producer's connection. `hello` makes the Register message; `on_message` gets what answers no request."""
 
     def __init__(
         self,

@@ -1,6 +1,8 @@
-"""Loading: the engine's own threads copy held slots into its pages; what lies below DRAM is asked for first and copied as it arrives.
+"""Loading: the engine's own threads copy held slots into its pages; what lies below DRAM is asked for first and copied
+as it arrives.
 
-No worker ever writes engine memory, so a late or stopped one cannot hurt. The deadline ends the wait; what has not come is recomputed.
+No worker ever writes engine memory, so a late or stopped one cannot hurt. The deadline ends the wait; what has not come
+is recomputed.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from lmpipe.producer.saving import PageIds
 
 @dataclass(frozen=True, slots=True)
 class LoadResult:
-    """What a load brought: an unbroken run of `tokens` from the start of the prompt; pages after it hold nothing of meaning."""
+    """What a load brought: an unbroken run of `tokens` from the start of the prompt; pages after it hold nothing of
+    meaning.
+    """
 
     tokens: int
     chunks: int
@@ -49,7 +53,9 @@ class Loader:
         self._link = link
         self._copier = native.Copier(copy_threads)
 
-    def load(self, load_id: int, found: Found, pool: native.PagePool, page_ids: PageIds, deadline_ns: int) -> LoadResult:
+    def load(
+        self, load_id: int, found: Found, pool: native.PagePool, page_ids: PageIds, deadline_ns: int
+    ) -> LoadResult:
         """Copy what was found into the engine's pages; see `Producer.load`."""
         started = time.monotonic()
         attachment = found.attachment or self._link.attachment
@@ -78,7 +84,9 @@ class Loader:
         done = np.zeros(count, np.bool_)
         below = np.flatnonzero(found.tiers[:count] != 0)
         records = found.records[below]
-        arrivals = _Arrivals({key: int(at) for key, at in zip(records["key"].tolist(), below.tolist(), strict=True)}, done)
+        arrivals = _Arrivals(
+            {key: int(at) for key, at in zip(records["key"].tolist(), below.tolist(), strict=True)}, done
+        )
         answers: queue.SimpleQueue[Answer | None] | None = None
         if len(below):
             ask = m.Load(attachment.session.id, load_id, records, "arena", deadline_ns)

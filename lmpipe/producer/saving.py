@@ -1,7 +1,8 @@
 """Saving: one thread that turns an engine's pages into committed chunks without holding up the engine.
 
-Private pages are copied here, by native threads, into slots leased from gather; the engine only keeps the memory unchanged until
-`SaveTicket.copied`. Mapped pages are not touched: the message names them, and a grant word says until when gather may read them.
+Private pages are copied here, by native threads, into slots leased from gather; the engine only keeps the memory
+unchanged until `SaveTicket.copied`. Mapped pages are not touched: the message names them, and a grant word says until
+when gather may read them.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ def chunk_records(prompt: Prompt, first: int, count: int, wanted: Wanted, ttl_s:
 
 @dataclass(slots=True, eq=False)
 class SaveTicket:
-    """One save on its way. Every chunk ends as saved (visible to lookups), known (it was there), or dropped with a reason."""
+    """One save on its way. Every chunk ends as saved (visible to lookups), known (it was there), or dropped with a
+    reason.
+    """
 
     save_id: int
     chunks: int
@@ -74,7 +77,9 @@ class SaveTicket:
         return self._done.wait(timeout_s) and not self.dropped
 
     def revoke(self) -> None:
-        """The pages are about to be reused: what gather has not committed by now is discarded. Mapped pages only; never blocks."""
+        """The pages are about to be reused: what gather has not committed by now is discarded. Mapped pages only; never
+        blocks.
+        """
         with self._lock:
             self._revoked = True
             if self._grant is not None:
@@ -135,7 +140,9 @@ class Saver:
         self._thread = threading.Thread(target=self._run, name="lmpipe-save", daemon=True)
         self._thread.start()
 
-    def put(self, ticket: SaveTicket, prompt: Prompt, first: int, pool: native.PagePool | None, page_ids: PageIds) -> None:
+    def put(
+        self, ticket: SaveTicket, prompt: Prompt, first: int, pool: native.PagePool | None, page_ids: PageIds
+    ) -> None:
         """Queue a save. Called on the engine's thread: no copy, no socket, no index read."""
         view = Prompt(prompt.namespace, prompt.chunk_tokens, prompt.tokens, prompt.keys, prompt.index_keys)
         job = _Job(ticket, view, chunk_records(prompt, first, ticket.chunks, self._wanted()), first, pool, page_ids)

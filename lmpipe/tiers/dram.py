@@ -1,13 +1,16 @@
 """The DRAM tier: which chunks lie in the arena, how recently each was wanted, and what goes when room is needed.
 
-A row is one chunk of one prompt with all its shards; it is indexed, pinned and evicted whole. Rows stand in order of use, and a prompt is
-touched from its tail to its head, so that the head is always the more recent: eviction takes a prompt's tail first, and no row outlives
-the prefix it needs. Rows that still have to be persisted wait in a queue of their own and go last.
+A row is one chunk of one prompt with all its shards; it is indexed, pinned and evicted whole. Rows stand in order of
+use, and a prompt is
+touched from its tail to its head, so that the head is always the more recent: eviction takes a prompt's tail first, and
+no row outlives the prefix it needs. Rows that still have to be persisted wait in a queue of their own and go last.
 
-Eviction removes the row from the index, dooms its slots (no new hold succeeds), and frees them at once or, when a reader still holds one,
-as soon as the hold is gone. Recency lives in this process only; after a restart it is rebuilt from the slot headers.
+Eviction removes the row from the index, dooms its slots (no new hold succeeds), and frees them at once or, when a
+reader still holds one, as soon as the hold is gone. Recency lives in this process only; after a restart it is rebuilt
+from the slot headers.
 
-Owns the `dram` index and the arena's slots. Knows no messages and no engine. Not thread-safe: gather's loop is the only caller.
+Owns the `dram` index and the arena's slots. Knows no messages and no engine. Not thread-safe: gather's loop is the only
+caller.
 """
 
 from __future__ import annotations
@@ -84,12 +87,15 @@ class DramTier:
         return row is not None and shard in row.records
 
     def load_rows(self, slots: Iterable[int], doomed: Iterable[int] = ()) -> list[int]:
-        """Rebuild rows from committed slots after a restart, oldest first, tails before heads. Returns the slots with pending bits.
+        """Rebuild rows from committed slots after a restart, oldest first, tails before heads. Returns the slots with
+        pending bits.
 
         `doomed` are slots that were on their way out and are still held.
         """
         self._doomed = [Slot(slot, self.arena.state(slot)[0]) for slot in doomed]
-        records = [(int(r["saved_at"]), -int(r["position"]), slot) for slot in slots for r in (self.arena.record(slot),)]
+        records = [
+            (int(r["saved_at"]), -int(r["position"]), slot) for slot in slots for r in (self.arena.record(slot),)
+        ]
         pending: list[int] = []
         rows: dict[bytes, bytes] = {}
         for _, _, slot in sorted(records):
@@ -105,7 +111,8 @@ class DramTier:
         return pending
 
     def commit(self, slots: Sequence[int], pending_bits: int, saver: SessionId) -> list[int]:
-        """Make READY slots visible to lookups: one index transaction. Returns the slots committed; the rest were known and are freed.
+        """Make READY slots visible to lookups: one index transaction. Returns the slots committed; the rest were known
+        and are freed.
 
         Slots are given in prompt order, so that recency is set from the tail.
         """
@@ -197,7 +204,9 @@ class DramTier:
         return None
 
     def _victims(self, nbytes: int) -> Iterable[list[Row]]:
-        """What to evict, step by step: least recent rows worth `nbytes`; then, if memory is in pieces, the cheapest neighbours."""
+        """What to evict, step by step: least recent rows worth `nbytes`; then, if memory is in pieces, the cheapest
+        neighbours.
+        """
         now_s = self._now_s()
         batch: list[Row] = []
         freed = 0
@@ -212,7 +221,9 @@ class DramTier:
             if freed >= nbytes:
                 break
         yield batch
-        by_slot = {slot: row for queue in (self._clean, self._dirty) for row in queue.values() for slot in row.slots.values()}
+        by_slot = {
+            slot: row for queue in (self._clean, self._dirty) for row in queue.values() for slot in row.slots.values()
+        }
         windows = [[by_slot[slot] for slot in window if slot in by_slot] for window in self.arena.window(nbytes)]
         windows = [rows for rows in windows if rows and all(row.pinned_until_s <= now_s for row in rows)]
         yield from sorted(windows, key=lambda rows: max(row.tick for row in rows))

@@ -1,4 +1,6 @@
-"""The DRAM tier over a real arena and a real index: order of eviction, holds, pins, pending rows, restart, and a random walk."""
+"""The DRAM tier over a real arena and a real index: order of eviction, holds, pins, pending rows, restart, and a random
+walk.
+"""
 
 from __future__ import annotations
 
@@ -219,7 +221,9 @@ def test_a_random_walk_keeps_the_invariants(bench: Bench) -> None:
                 bench.tier.touch([bench.key(prompt, at) for at in range(chunks)])
             case 3:
                 rows = [bench.key(prompt, at) for at in range(8) if bench.tier.row(bench.key(prompt, at))]
-                bench.held.words = {Slot(s, bench.arena.state(s)[0]).place for k in rows for s in bench.tier.row(k).slots.values()}  # type: ignore[union-attr]
+                bench.held.words = {
+                    Slot(s, bench.arena.state(s)[0]).place for k in rows for s in bench.tier.row(k).slots.values()
+                }  # type: ignore[union-attr]
             case _:
                 bench.tier.answered(bench.key(prompt, chunks), 0, 1)
                 bench.held.words.clear()

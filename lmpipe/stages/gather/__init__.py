@@ -1,8 +1,8 @@
 """gather: engine pages → arena slots on the way down, reserved slots and promotion on the way up. Owns the DRAM tier.
 
-    Save (slots)  ─▶ check the lease, commit, Saved ─┐
-    Save (pages)  ─▶ lease, copy, check the grant ───┴─▶ pending ─▶ Save to the stage below ─▶ Persisted ─▶ clear the bit
-    Load          ─▶ there? on its way? else reserve a slot, ask below ─▶ Loaded ─▶ commit, answer who waits
+    Save (slots)  ─▶ check the lease, commit, Saved ─┐ Save (pages)  ─▶ lease, copy, check the grant ───┴─▶ pending ─▶
+    Save to the stage below ─▶ Persisted ─▶ clear the bit Load          ─▶ there? on its way? else reserve a slot, ask
+    below ─▶ Loaded ─▶ commit, answer who waits
 
 The only writer of the arena's allocator and of the `dram` index. It reads engine pages and never writes them.
 """
@@ -107,7 +107,9 @@ class Gather:
             case m.Save():
                 self._save(peer, message)
             case m.Load():
-                self._load(Waiter(peer, SessionId(message.session), message.load_id, message.deadline_ns), message.chunks)
+                self._load(
+                    Waiter(peer, SessionId(message.session), message.load_id, message.deadline_ns), message.chunks
+                )
             case m.Prefetch():
                 self._load(Waiter(None, SessionId(message.session), 0, 0), message.chunks)
             case m.Cancel():
@@ -123,15 +125,19 @@ class Gather:
             case m.Release():
                 self._released(message)
             case _:
-                self._context.reply(peer, m.Refused(self._session, type(message).__name__, 0, "gather does not serve this"))
+                self._context.reply(
+                    peer, m.Refused(self._session, type(message).__name__, 0, "gather does not serve this")
+                )
 
     @property
     def _session(self) -> SessionId:
-        return self._context.session
+        return self._context.session.id
 
     def _register(self, peer: Peer, message: m.Register) -> None:
         if VERSION not in message.versions:
-            reason = f"this node speaks version {VERSION}, the engine {message.versions}: use the same lmpipe on both sides"
+            reason = (
+                f"this node speaks version {VERSION}, the engine {message.versions}: use the same lmpipe on both sides"
+            )
             self._context.reply(peer, m.Refused(self._session, "Register", 0, reason))
             return
         self._holds.refresh()  # mapped before the first hold can be taken
@@ -143,7 +149,9 @@ class Gather:
         self._commit(self._producers.written(engine), engine)
         self._producers.top_up(engine)
         places = np.array([slot.place for slot in self._producers.unused(engine)], np.uint64)
-        self._context.reply(peer, m.Registered(self._session, VERSION, message.chunk_tokens, engine.chunk_bytes, places))
+        self._context.reply(
+            peer, m.Registered(self._session, VERSION, message.chunk_tokens, engine.chunk_bytes, places)
+        )
 
     # Saves.
 
@@ -156,7 +164,9 @@ class Gather:
         elif message.segment == "pages" and engine.pool is not None:
             engine.saves.append(MappedSave(message, peer))
         else:
-            self._context.reply(peer, m.Refused(self._session, "Save", message.save_id, f"no segment {message.segment!r}"))
+            self._context.reply(
+                peer, m.Refused(self._session, "Save", message.save_id, f"no segment {message.segment!r}")
+            )
 
     def _save_slots(self, engine: Engine, peer: Peer, message: m.Save) -> None:
         slots = [Slot.from_place(place) for place in message.chunks["place"].tolist()]
@@ -168,15 +178,21 @@ class Gather:
             self._drop(peer, message.save_id, "stale lease", message.chunks[~fits])
         fresh = self._producers.top_up(engine)
         if fresh:
-            self._context.reply(engine.peer, m.Credit(self._session, np.array([slot.place for slot in fresh], np.uint64)))
+            self._context.reply(
+                engine.peer, m.Credit(self._session, np.array([slot.place for slot in fresh], np.uint64))
+            )
 
     def _is_written(self, engine: Engine, slot: Slot, key: bytes) -> bool:
-        """The slot header is the truth: lent to this engine, closed, in this life of the slot, for this key, of the agreed size."""
+        """The slot header is the truth: lent to this engine, closed, in this life of the slot, for this key, of the
+        agreed size.
+        """
         arena = self._dram.arena
         if slot.index not in engine.leases or arena.state(slot.index) != (slot.generation, SlotState.READY):
             return False
         record = arena.record(slot.index)
-        return record["key"].tobytes() == key and int(record["nbytes"]) == int(record["raw_bytes"]) == engine.chunk_bytes
+        return (
+            record["key"].tobytes() == key and int(record["nbytes"]) == int(record["raw_bytes"]) == engine.chunk_bytes
+        )
 
     def _commit(self, slots: list[int], engine: Engine) -> None:
         engine.leases.difference_update(slots)
@@ -378,7 +394,9 @@ class Gather:
         recall = m.Invalidate(self._session, self._next_id, message.namespace, message.tiers, message.chunks)
         if not self._context.down("save", recall):
             del self._recalls[self._next_id]
-            self._context.reply(peer, m.Refused(self._session, "Invalidate", message.ref, "the tiers below take nothing now"))
+            self._context.reply(
+                peer, m.Refused(self._session, "Invalidate", message.ref, "the tiers below take nothing now")
+            )
 
     def _recalled(self, message: m.Invalidated) -> None:
         recall = self._recalls.pop(message.ref, None)
@@ -408,7 +426,9 @@ class Gather:
         return min(due_s, deadline_ns / 1e9 - now_s) if deadline_ns else due_s
 
     def _sweep(self) -> None:
-        """Once a second: what the dead held comes back, doomed slots that are held no more are freed, figures are published."""
+        """Once a second: what the dead held comes back, doomed slots that are held no more are freed, figures are
+        published.
+        """
         self._producers.bury()
         self._holds.refresh()
         for name in self._loads.orphans():
@@ -422,12 +442,16 @@ class Gather:
         self._context.gauge("producers", len(self._producers))
 
     def below_changed(self, chain: dict[str, SessionId]) -> None:
-        """The sessions below are others now, or none: what was sent to the old ones is sent again, what they were to load fails."""
+        """The sessions below are others now, or none: what was sent to the old ones is sent again, what they were to
+        load fails.
+        """
         for name in self._loads.orphans():
             self._give_up(name, "the stage that read it died")
         self._outflow.restart()
         for recall in self._recalls.values():
-            self._context.reply(recall.peer, m.Refused(self._session, "Invalidate", recall.ref, "a tier below went away"))
+            self._context.reply(
+                recall.peer, m.Refused(self._session, "Invalidate", recall.ref, "a tier below went away")
+            )
         self._recalls.clear()
 
     def accepts_saves(self) -> bool:

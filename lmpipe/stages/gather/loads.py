@@ -1,12 +1,13 @@
 """Loads from below DRAM: destination slots, who writes them, who waits for them.
 
-The slot of a load is leased to the stage that will write it, so it comes back when that stage says it failed or when its session is dead,
-and only then. A deadline ends the waiting, not the lease: what arrives late is committed all the same, for the next request.
+The slot of a load is leased to the stage that will write it, so it comes back when that stage says it failed or when
+its session is dead, and only then. A deadline ends the waiting, not the lease: what arrives late is committed all the
+same, for the next request.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -81,7 +82,7 @@ class Loads:
     def __len__(self) -> int:
         return len(self._flights)
 
-    def ask(self, waiter: Waiter, records: ChunkRecords, chain: dict[str, SessionId]) -> Asked:
+    def ask(self, waiter: Waiter, records: ChunkRecords, chain: Mapping[str, SessionId]) -> Asked:
         """Sort a request: what is in DRAM by now, what is on its way, what has to be asked for, what cannot come."""
         asked = Asked()
         for name, record in zip(names_of(records), records, strict=True):
@@ -101,7 +102,7 @@ class Loads:
         self._dram.touch([name[0] for name in names_of(records)])
         return asked
 
-    def _start(self, name: Name, raw: bytes, chain: dict[str, SessionId], asked: Asked) -> Flight | None:
+    def _start(self, name: Name, raw: bytes, chain: Mapping[str, SessionId], asked: Asked) -> Flight | None:
         stored = self._stored(name)
         if stored is None:
             asked.fail("not stored below", raw)

@@ -1,4 +1,5 @@
-"""What DRAM has and the tiers below do not have yet: sent down in a bounded window, and sent again when the stage below starts anew.
+"""What DRAM has and the tiers below do not have yet: sent down in a bounded window, and sent again when the stage below
+starts anew.
 
 The pending bits in the slot headers are the truth and outlive gather; this is the queue over them.
 """

@@ -173,8 +173,12 @@ class Producers:
 def _map(source: m.PageSource, planes: int, page_bytes: int) -> tuple[Segment, native.PagePool]:
     """Map an engine's pages read-only and describe them to the copier, which checks every bound."""
     if len(source.plane_offset) != planes or np.any(source.page_bytes != page_bytes):
-        raise LayoutError(f"pages: {len(source.plane_offset)} planes are described, the layout has {planes} of {page_bytes} bytes a page")
-    segment = Segment.attach(Path(source.segment), SegmentKind.PAGES, id=bytes.fromhex(source.segment_id), readonly=True)
+        raise LayoutError(
+            f"pages: {len(source.plane_offset)} planes are described, the layout has {planes} with pages of {page_bytes} B"
+        )
+    segment = Segment.attach(
+        Path(source.segment), SegmentKind.PAGES, id=bytes.fromhex(source.segment_id), readonly=True
+    )
     try:
         pool = native.PagePool(
             [segment.region],
