@@ -200,15 +200,19 @@ class HoldScanner:
     def __init__(self, sessions: SessionDir) -> None:
         self._sessions = sessions
         self._tables: dict[SessionId, _Table] = {}
+        # Found dead, not swept yet. Ids are not used twice, so none of them comes back.
+        self._dead: set[SessionId] = set()
 
     def refresh(self) -> None:
         """Map the tables of new sessions, forget those of the dead. The holds of a dead session count until then."""
         self._map_new()
-        for session in [session for session in self._tables if not self._sessions.alive(session)]:
+        dead = {session for session in self._tables if not self._sessions.alive(session)}
+        for session in dead:
             self._tables.pop(session).close()
+        self._dead = (self._dead | dead) & self._sessions.with_holds()
 
     def _map_new(self) -> None:
-        for session in self._sessions.with_holds() - self._tables.keys():
+        for session in self._sessions.with_holds() - self._tables.keys() - self._dead:
             try:
                 segment = Segment.attach(self._sessions.holds_path(session), SegmentKind.HOLDS, readonly=True)
             except SegmentError:

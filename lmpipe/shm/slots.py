@@ -66,8 +66,8 @@ class SlotOwner(SlotTable):
         super().__init__(segment)
         # Fresh memory is zero, and generation 0 is nobody's.
         words = self._header_words()
-        for index in np.flatnonzero(words >> GENERATION_SHIFT == 0).tolist():
-            self._words.store(index * SLOT_WORDS, int(words[index]) & STATE_MASK | 1 << GENERATION_SHIFT)
+        for index in np.flatnonzero(words == 0).tolist():
+            self._words.store(index * SLOT_WORDS, 1 << GENERATION_SHIFT | SlotState.FREE)
         self._needs_recovery = bool(np.any(words & STATE_MASK))
         self._taken: dict[int, tuple[int, int]] = {}
         self._adopt({})
@@ -177,6 +177,9 @@ class SlotOwner(SlotTable):
         A group is neighbours in order of address together with the free ranges between and beside them, and none is
         larger than it need be. Groups may overlap. No more than `limit` are returned, spread evenly over the memory.
         """
+        size = size_class(nbytes)
+        if self.largest_free >= size:
+            return []
         taken = sorted((offset, size, index) for index, (offset, size) in self._taken.items())
         if not taken:
             return []
@@ -186,7 +189,7 @@ class SlotOwner(SlotTable):
         lows = np.concatenate(([self.payload_start], (offsets + sizes)[:-1]))
         highs = np.concatenate((offsets[1:], [end]))
         first = np.arange(len(order))
-        last = np.searchsorted(highs, lows + size_class(nbytes))
+        last = np.searchsorted(highs, lows + size)
         states = self._header_words()[order] & STATE_MASK
         busy = np.concatenate(([0], np.cumsum(states != SlotState.COMMITTED)))
         ok = (last < len(order)) & (last >= first)
