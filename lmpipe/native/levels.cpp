@@ -17,12 +17,12 @@ const Kernels generic_table = LMPIPE_TABLE(generic);
 const Kernels avx2_table = LMPIPE_TABLE(avx2);
 const Kernels avx512_table = LMPIPE_TABLE(avx512);
 
-// The levels are compiled for x86-64-v3 and -v4, so all that those promise has to be there (and saved by the kernel,
-// which __builtin_cpu_supports looks at as well).
+// The levels are compiled for x86-64-v3 and -v4, so all that those promise has to be there (and saved by the operating
+// system, which __builtin_cpu_supports looks at as well). clang before 17 cannot ask for F16C, LZCNT and MOVBE; no CPU
+// with AVX2, BMI2 and FMA lacks them.
 bool runs_avx2() {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
-           __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("lzcnt") &&
-           __builtin_cpu_supports("movbe");
+           __builtin_cpu_supports("fma");
 }
 
 bool runs_avx512() {
