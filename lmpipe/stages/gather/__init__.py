@@ -15,24 +15,22 @@ from dataclasses import dataclass
 import numpy as np
 
 from lmpipe import messages as m
-from lmpipe import native
 from lmpipe.errors import LmpipeError
-from lmpipe.handles import ChunkRecords, SessionId, Slot, Tier
+from lmpipe.handles import ChunkRecords, SessionId, Tier
 from lmpipe.index import IndexReader, index_keys
-from lmpipe.lifecycle import SlotEvent, SlotState
 from lmpipe.shm.descriptor import PENDING_REMOTE, PENDING_SSD
 from lmpipe.shm.hold import HoldScanner
 from lmpipe.shm.session import SessionDir
 from lmpipe.stages.base import Context, Peer
 from lmpipe.stages.gather.loads import Loads, Waiter, joined, names_of
 from lmpipe.stages.gather.outflow import Name, Outflow
-from lmpipe.stages.gather.producers import Engine, MappedSave, Producers
+from lmpipe.stages.gather.producers import Producers
+from lmpipe.stages.gather.saves import Saves
 from lmpipe.tiers.dram import DramTier
 from lmpipe.wire import VERSION
 
 PENDING = {Tier.SSD: PENDING_SSD, Tier.REMOTE: PENDING_REMOTE}
 SWEEP_S = 1.0
-COPIES_AT_ONCE = 1
 
 
 @dataclass(slots=True)
@@ -68,8 +66,7 @@ class Gather:
         self._producers = Producers(dram, sessions.alive, max_producers, leases)
         self._loads = Loads(dram, below, sessions.alive)
         self._outflow = Outflow(dram, self._send_down)
-        self._copier = native.Copier(copy_threads)
-        self._copying = 0
+        self._saves = Saves(context, dram, self._producers, self._outflow, holds, self._bits, copy_threads)
         self._recalls: dict[int, _Recall] = {}
         self._next_id = 0
         self._next_sweep_s = 0.0
@@ -105,7 +102,7 @@ class Gather:
             case m.Register():
                 self._register(peer, message)
             case m.Save():
-                self._save(peer, message)
+                self._saves.save(peer, message)
             case m.Load():
                 self._load(
                     Waiter(peer, SessionId(message.session), message.load_id, message.deadline_ns), message.chunks
@@ -123,7 +120,7 @@ class Gather:
             case m.Invalidate():
                 self._invalidate(peer, message)
             case m.Release():
-                self._released(message)
+                self._saves.released(message)
             case _:
                 self._context.reply(
                     peer, m.Refused(self._session, type(message).__name__, 0, "gather does not serve this")
@@ -146,151 +143,12 @@ class Gather:
         except LmpipeError as error:
             self._context.reply(peer, m.Refused(self._session, "Register", 0, str(error)))
             return
-        self._commit(self._producers.written(engine), engine)
+        self._saves.commit(self._producers.written(engine), engine)
         self._producers.top_up(engine)
         places = np.array([slot.place for slot in self._producers.unused(engine)], np.uint64)
         self._context.reply(
             peer, m.Registered(self._session, VERSION, message.chunk_tokens, engine.chunk_bytes, places)
         )
-
-    # Saves.
-
-    def _save(self, peer: Peer, message: m.Save) -> None:
-        engine = self._producers.get(message.session)
-        if engine is None:
-            self._context.reply(peer, m.Refused(self._session, "Save", message.save_id, "not registered"))
-        elif message.segment == "arena":
-            self._save_slots(engine, peer, message)
-        elif message.segment == "pages" and engine.pool is not None:
-            engine.saves.append(MappedSave(message, peer))
-        else:
-            self._context.reply(
-                peer, m.Refused(self._session, "Save", message.save_id, f"no segment {message.segment!r}")
-            )
-
-    def _save_slots(self, engine: Engine, peer: Peer, message: m.Save) -> None:
-        slots = [Slot.from_place(place) for place in message.chunks["place"].tolist()]
-        keys = message.chunks["key"].tolist()
-        fits = np.array([self._is_written(engine, slot, key) for slot, key in zip(slots, keys, strict=True)], np.bool_)
-        self._commit([slot.index for slot, fit in zip(slots, fits, strict=True) if fit], engine)
-        self._answer_save(peer, message.save_id, message.chunks[fits])
-        if not fits.all():
-            self._drop(peer, message.save_id, "stale lease", message.chunks[~fits])
-        fresh = self._producers.top_up(engine)
-        if fresh:
-            self._context.reply(
-                engine.peer, m.Credit(self._session, np.array([slot.place for slot in fresh], np.uint64))
-            )
-
-    def _is_written(self, engine: Engine, slot: Slot, key: bytes) -> bool:
-        """The slot header is the truth: lent to this engine, closed, in this life of the slot, for this key, of the
-        agreed size.
-        """
-        arena = self._dram.arena
-        if slot.index not in engine.leases or arena.state(slot.index) != (slot.generation, SlotState.READY):
-            return False
-        record = arena.record(slot.index)
-        return (
-            record["key"].tobytes() == key and int(record["nbytes"]) == int(record["raw_bytes"]) == engine.chunk_bytes
-        )
-
-    def _commit(self, slots: list[int], engine: Engine) -> None:
-        engine.leases.difference_update(slots)
-        self._make_visible(slots, self._bits, engine.session)
-
-    def _make_visible(self, slots: list[int], bits: int, saver: SessionId) -> None:
-        if not slots:
-            return
-        done = self._dram.commit(slots, bits, saver)
-        self._context.count("committed_chunks", len(done))
-        self._context.count("known_chunks", len(slots) - len(done))
-        if bits:
-            self._outflow.add(names_of(joined([self._dram.arena.record(slot).tobytes() for slot in done])))
-            self._outflow.pump()
-
-    def _answer_save(self, peer: Peer, save_id: int, chunks: ChunkRecords) -> None:
-        """Saved means that a lookup finds it now: say it only of what the tier really has."""
-        has = np.array([self._dram.has(*name) for name in names_of(chunks)], np.bool_)
-        if has.any():
-            self._context.reply(peer, m.Saved(self._session, save_id, chunks[has]))
-        if not has.all():
-            self._drop(peer, save_id, "the DRAM index is full", chunks[~has])
-
-    def _drop(self, peer: Peer, save_id: int, reason: str, chunks: ChunkRecords) -> None:
-        self._context.count("dropped_chunks", len(chunks))
-        self._context.reply(peer, m.SaveDropped(self._session, save_id, Tier.DRAM, reason, chunks))
-
-    def _copy_next(self) -> bool:
-        """Start copying the next piece of a mapped save. Returns whether there was one."""
-        turn = self._producers.next_save()
-        if turn is None:
-            return False
-        engine, save, count = turn
-        message, pool = save.message, engine.pool
-        part = slice(save.at, save.at + count)
-        save.at += count
-        if save.at == len(message.chunks):
-            engine.saves.popleft()
-        chunks, page_ids = message.chunks[part], message.page_ids[part]
-        known = np.array([self._dram.has(*name) for name in names_of(chunks)], np.bool_)
-        if known.any():
-            self._context.count("known_chunks", int(known.sum()))
-            self._context.reply(save.peer, m.Saved(self._session, message.save_id, chunks[known]))
-        chunks, page_ids = chunks[~known], np.ascontiguousarray(page_ids[~known])
-        if not self._granted(engine, message):
-            self._drop(save.peer, message.save_id, "revoked", chunks)
-            return True
-        slots: list[Slot] = []
-        for _ in range(len(chunks)):
-            slot = self._dram.reserve(engine.chunk_bytes, self._session)
-            if slot is None:
-                break
-            self._dram.arena.advance(slot, SlotEvent.OPEN)
-            slots.append(slot)
-        if len(slots) < len(chunks):
-            self._drop(save.peer, message.save_id, "no room in DRAM", chunks[len(slots) :])
-        if not slots or pool is None:
-            return True
-        chunks, page_ids = chunks[: len(slots)], page_ids[: len(slots)]
-        arena = self._dram.arena
-        offsets = np.array([arena.offset(slot.index) for slot in slots], np.uint64)
-        self._copying += 1
-        self._context.submit(
-            lambda: self._copier.gather(pool, page_ids, arena.region, offsets),
-            lambda _: self._copied(engine, save, slots, chunks, ""),
-            lambda error: self._copied(engine, save, slots, chunks, str(error)),
-            "gather.copy",
-        )
-        return True
-
-    def _granted(self, engine: Engine, message: m.Save) -> bool:
-        native.fence()  # every byte that was copied was read before the grant is
-        return self._holds.granted(engine.session, message.grant) == message.save_id
-
-    def _copied(self, engine: Engine, save: MappedSave, slots: list[Slot], chunks: ChunkRecords, error: str) -> None:
-        self._copying -= 1
-        message, arena = save.message, self._dram.arena
-        if error or not self._granted(engine, message):
-            for slot in slots:
-                arena.free(slot)
-            self._drop(save.peer, message.save_id, error or "revoked", chunks)
-            return
-        for slot, record in zip(slots, chunks, strict=True):
-            record = record.copy()
-            record["place"] = slot.place
-            arena.set_record(slot.index, record)
-            arena.advance(slot, SlotEvent.CLOSE)
-        self._make_visible([slot.index for slot in slots], self._bits, engine.session)
-        self._answer_save(save.peer, message.save_id, chunks)
-
-    def _released(self, message: m.Release) -> None:
-        engine = self._producers.get(message.session)
-        if engine is None or message.segment != "arena":
-            return
-        for slot in (Slot.from_place(place) for place in message.places.tolist()):
-            if slot.index in engine.leases and self._dram.arena.state(slot.index)[0] == slot.generation:
-                engine.leases.discard(slot.index)
-                self._dram.arena.free(slot)
 
     # What the tiers below say.
 
@@ -348,7 +206,7 @@ class Gather:
                 bits = self._bits & PENDING_SSD if flight.tier is Tier.REMOTE else 0
                 by_bits[bits].append(flight.slot.index)
         for bits, slots in by_bits.items():
-            self._make_visible(slots, bits, SessionId(0))
+            self._saves.make_visible(slots, bits, SessionId(0))
         answers: dict[int, tuple[Waiter, list[bytes]]] = {}
         for name, _ in landed:
             row = self._dram.row(name[0])
@@ -413,7 +271,7 @@ class Gather:
         for waiter in self._loads.expired(int(now_s * 1e9)):
             self._tell_failed(waiter, "deadline", joined(list(waiter.names.values())))
         self._outflow.pump()
-        started = self._copying < COPIES_AT_ONCE and self._copy_next()
+        started = self._saves.copy_next()
         evicted = self._dram.take_evicted()
         if len(evicted):
             self._context.count("evicted_chunks", len(evicted))
@@ -460,8 +318,7 @@ class Gather:
 
     def busy(self) -> bool:
         """Whether something is still on its way down or being copied."""
-        waiting = any(engine.saves for engine in self._producers)
-        return bool(self._copying or waiting or (self._context.chain and self._outflow.waiting))
+        return self._saves.busy or bool(self._context.chain and self._outflow.waiting)
 
     def close(self) -> None:
         """Unmap the engines' pages."""

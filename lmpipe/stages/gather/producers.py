@@ -174,7 +174,7 @@ def _map(source: m.PageSource, planes: int, page_bytes: int) -> tuple[Segment, n
     """Map an engine's pages read-only and describe them to the copier, which checks every bound."""
     if len(source.plane_offset) != planes or np.any(source.page_bytes != page_bytes):
         raise LayoutError(
-            f"pages: {len(source.plane_offset)} planes are described, the layout has {planes} with pages of {page_bytes} B"
+            f"pages: {len(source.plane_offset)} planes, the layout has {planes} with pages of {page_bytes} bytes"
         )
     segment = Segment.attach(
         Path(source.segment), SegmentKind.PAGES, id=bytes.fromhex(source.segment_id), readonly=True

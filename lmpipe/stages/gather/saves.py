@@ -1,0 +1,198 @@
+"""Saves: slots that an engine has filled, and pages that gather copies itself under a grant.
+
+Nothing becomes visible that was not written whole by who had the lease, and nothing is copied into the cache from
+pages that the engine has taken back meanwhile: the grant is read after the copy and before the slot is closed.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lmpipe import messages as m
+from lmpipe import native
+from lmpipe.handles import ChunkRecords, SessionId, Slot, Tier
+from lmpipe.lifecycle import SlotEvent, SlotState
+from lmpipe.shm.hold import HoldScanner
+from lmpipe.stages.base import Context, Peer
+from lmpipe.stages.gather.loads import joined, names_of
+from lmpipe.stages.gather.outflow import Outflow
+from lmpipe.stages.gather.producers import Engine, MappedSave, Producers
+from lmpipe.tiers.dram import DramTier
+
+COPIES_AT_ONCE = 1
+
+
+class Saves:
+    """The save side of gather. `bits` are the tiers below that are to take what is saved."""
+
+    def __init__(
+        self,
+        context: Context,
+        dram: DramTier,
+        producers: Producers,
+        outflow: Outflow,
+        holds: HoldScanner,
+        bits: int,
+        copy_threads: int,
+    ) -> None:
+        self._context, self._dram, self._producers, self._outflow = context, dram, producers, outflow
+        self._holds, self._bits = holds, bits
+        self._copier = native.Copier(copy_threads)
+        self._copying = 0
+
+    @property
+    def _session(self) -> SessionId:
+        return self._context.session.id
+
+    @property
+    def busy(self) -> bool:
+        """Whether a copy runs or waits."""
+        return bool(self._copying) or any(engine.saves for engine in self._producers)
+
+    def save(self, peer: Peer, message: m.Save) -> None:
+        """An engine's Save: commit its slots, or queue its pages."""
+        engine = self._producers.get(message.session)
+        if engine is None:
+            self._context.reply(peer, m.Refused(self._session, "Save", message.save_id, "not registered"))
+        elif message.segment == "arena":
+            self._save_slots(engine, peer, message)
+        elif message.segment == "pages" and engine.pool is not None:
+            engine.saves.append(MappedSave(message, peer))
+        else:
+            self._context.reply(
+                peer, m.Refused(self._session, "Save", message.save_id, f"no segment {message.segment!r}")
+            )
+
+    def _save_slots(self, engine: Engine, peer: Peer, message: m.Save) -> None:
+        slots = [Slot.from_place(place) for place in message.chunks["place"].tolist()]
+        keys = message.chunks["key"].tolist()
+        fits = np.array([self._is_written(engine, slot, key) for slot, key in zip(slots, keys, strict=True)], np.bool_)
+        self.commit([slot.index for slot, fit in zip(slots, fits, strict=True) if fit], engine)
+        self._answer_save(peer, message.save_id, message.chunks[fits])
+        if not fits.all():
+            for slot in (
+                slot for slot, fit in zip(slots, fits, strict=True) if not fit and slot.index in engine.leases
+            ):
+                engine.leases.discard(slot.index)  # lent to this engine, but not filled as it says
+                self._dram.arena.free(slot)
+            self._drop(peer, message.save_id, "stale lease", message.chunks[~fits])
+        fresh = self._producers.top_up(engine)
+        if fresh:
+            self._context.reply(
+                engine.peer, m.Credit(self._session, np.array([slot.place for slot in fresh], np.uint64))
+            )
+
+    def _is_written(self, engine: Engine, slot: Slot, key: bytes) -> bool:
+        """The slot header is the truth: lent to this engine, closed, in this life of the slot, for this key, of the
+        agreed size.
+        """
+        arena = self._dram.arena
+        if slot.index not in engine.leases or arena.state(slot.index) != (slot.generation, SlotState.READY):
+            return False
+        record = arena.record(slot.index)
+        return (
+            record["key"].tobytes() == key and int(record["nbytes"]) == int(record["raw_bytes"]) == engine.chunk_bytes
+        )
+
+    def commit(self, slots: list[int], engine: Engine) -> None:
+        """Take written slots over from an engine's leases."""
+        engine.leases.difference_update(slots)
+        self.make_visible(slots, self._bits, engine.session)
+
+    def make_visible(self, slots: list[int], bits: int, saver: SessionId) -> None:
+        """Commit written slots, given in prompt order, and send them on to the tiers of `bits`."""
+        if not slots:
+            return
+        done = self._dram.commit(slots, bits, saver)
+        self._context.count("committed_chunks", len(done))
+        self._context.count("known_chunks", len(slots) - len(done))
+        if bits:
+            self._outflow.add(names_of(joined([self._dram.arena.record(slot).tobytes() for slot in done])))
+            self._outflow.pump()
+
+    def _answer_save(self, peer: Peer, save_id: int, chunks: ChunkRecords) -> None:
+        """Saved means that a lookup finds it now: say it only of what the tier really has."""
+        has = np.array([self._dram.has(*name) for name in names_of(chunks)], np.bool_)
+        if has.any():
+            self._context.reply(peer, m.Saved(self._session, save_id, chunks[has]))
+        if not has.all():
+            self._drop(peer, save_id, "the DRAM index is full", chunks[~has])
+
+    def _drop(self, peer: Peer, save_id: int, reason: str, chunks: ChunkRecords) -> None:
+        self._context.count("dropped_chunks", len(chunks))
+        self._context.reply(peer, m.SaveDropped(self._session, save_id, Tier.DRAM, reason, chunks))
+
+    def copy_next(self) -> bool:
+        """Start copying the next piece of a mapped save. Returns whether there was one and it could be begun."""
+        if self._copying >= COPIES_AT_ONCE:
+            return False
+        turn = self._producers.next_save()
+        if turn is None:
+            return False
+        engine, save, count = turn
+        message, pool = save.message, engine.pool
+        part = slice(save.at, save.at + count)
+        save.at += count
+        if save.at == len(message.chunks):
+            engine.saves.popleft()
+        chunks, page_ids = message.chunks[part], message.page_ids[part]
+        known = np.array([self._dram.has(*name) for name in names_of(chunks)], np.bool_)
+        if known.any():
+            self._context.count("known_chunks", int(known.sum()))
+            self._context.reply(save.peer, m.Saved(self._session, message.save_id, chunks[known]))
+        chunks, page_ids = chunks[~known], np.ascontiguousarray(page_ids[~known])
+        if not self._granted(engine, message):
+            self._drop(save.peer, message.save_id, "revoked", chunks)
+            return True
+        slots: list[Slot] = []
+        for _ in range(len(chunks)):
+            slot = self._dram.reserve(engine.chunk_bytes, self._session)
+            if slot is None:
+                break
+            self._dram.arena.advance(slot, SlotEvent.OPEN)
+            slots.append(slot)
+        if len(slots) < len(chunks):
+            self._drop(save.peer, message.save_id, "no room in DRAM", chunks[len(slots) :])
+        if not slots or pool is None:
+            return True
+        chunks, page_ids = chunks[: len(slots)], page_ids[: len(slots)]
+        arena = self._dram.arena
+        offsets = np.array([arena.offset(slot.index) for slot in slots], np.uint64)
+        self._copying += 1
+        self._context.submit(
+            lambda: self._copier.gather(pool, page_ids, arena.region, offsets),
+            lambda _: self._copied(engine, save, slots, chunks, ""),
+            lambda error: self._copied(engine, save, slots, chunks, str(error)),
+            "gather.copy",
+        )
+        return True
+
+    def _granted(self, engine: Engine, message: m.Save) -> bool:
+        native.fence()  # every byte that was copied was read before the grant is
+        return self._holds.granted(engine.session, message.grant) == message.save_id
+
+    def _copied(self, engine: Engine, save: MappedSave, slots: list[Slot], chunks: ChunkRecords, error: str) -> None:
+        self._copying -= 1
+        message, arena = save.message, self._dram.arena
+        if error or not self._granted(engine, message):
+            for slot in slots:
+                arena.free(slot)
+            self._drop(save.peer, message.save_id, error or "revoked", chunks)
+            return
+        for slot, record in zip(slots, chunks, strict=True):
+            record = record.copy()
+            record["place"] = slot.place
+            arena.set_record(slot.index, record)
+            arena.advance(slot, SlotEvent.CLOSE)
+        self.make_visible([slot.index for slot in slots], self._bits, engine.session)
+        self._answer_save(save.peer, message.save_id, chunks)
+
+    def released(self, message: m.Release) -> None:
+        """An engine gives leases back."""
+        engine = self._producers.get(message.session)
+        if engine is None or message.segment != "arena":
+            return
+        for slot in (Slot.from_place(place) for place in message.places.tolist()):
+            if slot.index in engine.leases and self._dram.arena.state(slot.index)[0] == slot.generation:
+                engine.leases.discard(slot.index)
+                self._dram.arena.free(slot)
