@@ -1,0 +1,44 @@
+"""Tiers: where chunks are kept, one file each. Knows no messages, no sockets and no engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from lmpipe.errors import LmpipeError
+from lmpipe.handles import CHUNK, ChunkRecords
+
+
+class ChunkGone(LmpipeError):
+    """The record names a place that holds the chunk no longer: a miss, and nobody's fault."""
+
+
+class TierDown(LmpipeError):
+    """The tier cannot be asked at present (its text says why): a miss, or a dropped save."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What became of a write or a commit."""
+
+    records: ChunkRecords = field(default_factory=lambda: np.empty(0, CHUNK))
+    """Those that are in, with `place` set."""
+    reason: str = ""
+    """Why the others are not."""
+    evicted: ChunkRecords = field(default_factory=lambda: np.empty(0, CHUNK))
+    """Chunks the tier gave up to make room: their rows are gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """What a tier found when it was opened."""
+
+    rows: int
+    """Rows in the index now."""
+    records: int
+    """Records found, with those replaced or invalidated since."""
+    damaged: int
+    """Parts that could not be read: torn tails, files or objects that are not what they should be."""
+    unindexed: int = 0
+    """Chunks that found no room in the index."""
