@@ -107,7 +107,8 @@ class MortalStruct:
         whole = LEASED.pack(*fields)
         for part in range(0, len(whole), 48):
             self._words._spend()
-            buffer[at + part : at + part + 48] = whole[part : part + 48]
+            piece = whole[part : part + 48]
+            buffer[at + part : at + part + len(piece)] = piece
 
 
 def a_life(owner: SlotOwner, sizes: list[int]) -> None:
