@@ -70,17 +70,21 @@ class Saves:
         self.commit([slot.index for slot, fit in zip(slots, fits, strict=True) if fit], engine)
         self._answer_save(peer, message.save_id, message.chunks[fits])
         if not fits.all():
-            for slot in (
-                slot for slot, fit in zip(slots, fits, strict=True) if not fit and slot.index in engine.leases
-            ):
-                engine.leases.discard(slot.index)  # lent to this engine, but not filled as it says
-                self._dram.arena.free(slot)
+            self._take_back(engine, [slot for slot, fit in zip(slots, fits, strict=True) if not fit])
             self._drop(peer, message.save_id, "stale lease", message.chunks[~fits])
         fresh = self._producers.top_up(engine)
         if fresh:
             self._context.reply(
                 engine.peer, m.Credit(self._session, np.array([slot.place for slot in fresh], np.uint64))
             )
+
+    def _take_back(self, engine: Engine, slots: list[Slot]) -> None:
+        """Leases that were closed, but hold something else than the engine says."""
+        for slot in slots:
+            closed = self._dram.arena.state(slot.index) == (slot.generation, SlotState.READY)
+            if closed and slot.index in engine.leases:
+                engine.leases.discard(slot.index)
+                self._dram.arena.free(slot)
 
     def _is_written(self, engine: Engine, slot: Slot, key: bytes) -> bool:
         """The slot header is the truth: lent to this engine, closed, in this life of the slot, for this key, of the
