@@ -83,6 +83,10 @@ class RunDir:
         """What a worker prints."""
         return self.logs / f"{process}.log"
 
+    def trace(self, process: str) -> Path:
+        """A worker's Chrome trace, when the topology asks for one."""
+        return self.logs / f"{process}.trace.json"
+
     @property
     def ups(self) -> Path:
         """Parent of the state files."""

@@ -104,11 +104,12 @@ class Supervisor:
         *,
         report: Callable[[str], None],
         buried: Callable[[str, int], None],
+        tidy: Callable[[], None],
     ) -> None:
-        """`report` gets a line for each event; `buried(name, pid)` is called after a dead process was reaped."""
+        """`report` gets a line for each event, `buried` name and pid of each dead; `tidy` comes with each ping."""
         self.children = [Child(spec) for spec in specs]
         self._policy, self._link, self._state_path = policy, link, state_path
-        self._report, self._buried = report, buried
+        self._report, self._buried, self._tidy = report, buried, tidy
         self._signals = signals
         self._started = time.time()
         self._phase = "starting"
@@ -200,6 +201,7 @@ class Supervisor:
                 child.kill(f"no answer for {child.silent_s:.1f} s")
             else:
                 self._link.ping(child.name)
+        self._tidy()
         self._last_tick_s, self._ping_due_s = now_s, now_s + self._policy.ping_s
 
     def _died(self, child: Child, now_s: float) -> None:

@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, cast, get_args
 
 import msgspec
 
@@ -205,6 +205,12 @@ class Topology(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def rings_needed(self) -> tuple[str, ...]:
         """Stages that allocate transit slots: all but gather when chunks are encoded, else none."""
         return self.stages[1:] if self.codec != "raw" else ()
+
+    def below(self, stage: str) -> StageName | None:
+        """The stage that takes what `stage` passes on, or None after the last."""
+        return next(
+            (after for after in self.stages if STAGES.index(after) > STAGES.index(cast(StageName, stage))), None
+        )
 
     def process_of(self, stage: str) -> Process:
         """The process that runs `stage`."""

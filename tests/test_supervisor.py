@@ -72,7 +72,9 @@ class Stand:
         def buried(name: str, pid: int) -> None:
             self.buried.append((name, pid))
 
-        return Supervisor(specs, policy, self.talk, self.state_path, self.signals, report=report, buried=buried)
+        return Supervisor(
+            specs, policy, self.talk, self.state_path, self.signals, report=report, buried=buried, tidy=lambda: None
+        )
 
     @property
     def state(self) -> NodeState:

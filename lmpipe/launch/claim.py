@@ -71,6 +71,11 @@ def session_lock(paths: RunDir, session: int) -> Path:
     return paths.sessions / f"{session:016x}.lock"
 
 
+def living_pids(paths: RunDir) -> set[int]:
+    """Pids of the processes that have a living session, as the kernel names them. Not for a process that has one."""
+    return {lock_holder(session_lock(paths, session)) for session in SessionDir(paths.path).ids()}
+
+
 class Claim:
     """A held run directory. Raises NodeError when somebody else has it, or when it is not safe to use."""
 
@@ -96,9 +101,8 @@ class Claim:
             path.unlink()
         for directory in paths.index.iterdir():
             shutil.rmtree(directory, ignore_errors=True)
-        sessions = SessionDir(paths.path)
-        sessions.sweep()
-        living = {lock_holder(session_lock(paths, session)) for session in sessions.ids()}
+        SessionDir(paths.path).sweep()
+        living = living_pids(paths)
         for path in paths.counters.glob("*.shm"):
             if not path.stem.rpartition("-")[2].isdigit() or int(path.stem.rpartition("-")[2]) not in living:
                 path.unlink(missing_ok=True)

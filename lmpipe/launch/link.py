@@ -51,7 +51,7 @@ class StageLink:
         client, poller, sent = self._clients[stage], Poller(), False
         poller.register(client)
         while time.monotonic() < deadline_s and not hurry():
-            sent = sent or client.send("save", Drain(self._session, ref))
+            sent = sent or client.send("load", Drain(self._session, ref))
             poller.poll(STEP_MS)
             while (message := client.recv()) is not None:
                 if isinstance(message, Drained) and message.ref == ref:

@@ -12,8 +12,10 @@ from pathlib import Path
 from lmpipe.child import ProcessSpec
 from lmpipe.errors import NodeError
 from lmpipe.launch.claim import Claim
+from lmpipe.launch.counter_files import CounterFiles
 from lmpipe.launch.link import StageLink
 from lmpipe.launch.segments import Progress, Segments
+from lmpipe.metrics import Exporter, serve
 from lmpipe.rundir import RunDir
 from lmpipe.signals import SignalPipe
 from lmpipe.supervisor import Policy, Supervisor
@@ -76,8 +78,14 @@ def run_node(
 
 def _supervise(info: NodeInfo, signals: SignalPipe, report: Report, ready: Callable[[], None]) -> None:
     topology, paths = info.topology, info.paths
-    link = StageLink(info)
-    try:
+    counted = CounterFiles(paths)
+    with contextlib.ExitStack() as undo:
+        link = StageLink(info)
+        undo.callback(link.close)
+        if topology.metrics.port is not None:
+            exporter = _serve(topology.metrics.host, topology.metrics.port, counted)
+            undo.callback(exporter.close)
+            report(f"metrics: http://{topology.metrics.host}:{exporter.port}/metrics")
         supervisor = Supervisor(
             [_spec(paths, process.name) for process in topology.processes],
             policy_of(topology),
@@ -85,11 +93,17 @@ def _supervise(info: NodeInfo, signals: SignalPipe, report: Report, ready: Calla
             paths.up("supervisor"),
             signals,
             report=report,
-            buried=lambda name, pid: None,
+            buried=counted.retire,
+            tidy=counted.sweep,
         )
         supervisor.run(ready)
-    finally:
-        link.close()
+
+
+def _serve(host: str, port: int, counted: CounterFiles) -> Exporter:
+    try:
+        return serve(host, port, counted.samples)
+    except OSError as error:
+        raise NodeError(f"metrics.port: {host}:{port}: {error.strerror}") from None
 
 
 def policy_of(topology: Topology) -> Policy:

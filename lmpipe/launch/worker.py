@@ -1,0 +1,150 @@
+"""A worker: reads the node's note, takes what its stages need, says READY, and runs them until told to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from lmpipe.bus import Client, Server
+from lmpipe.child import READY_LINE
+from lmpipe.errors import NodeError
+from lmpipe.handles import Tier
+from lmpipe.index import IndexReader, IndexWriter
+from lmpipe.launch.claim import WorkerNote, lock_holder
+from lmpipe.metrics import worker_counters
+from lmpipe.shm.counters import Counters
+from lmpipe.shm.descriptor import SegmentKind
+from lmpipe.shm.hold import HoldScanner
+from lmpipe.shm.node import NodeWords
+from lmpipe.shm.segment import Segment
+from lmpipe.shm.session import Session, SessionDir
+from lmpipe.shm.slots import SlotOwner
+from lmpipe.spans import Spans
+from lmpipe.stages.base import Context, Stage
+from lmpipe.stages.gather import Gather
+from lmpipe.stages.runner import Runner
+from lmpipe.tiers.dram import DramTier
+from lmpipe.topology import NodeInfo, Topology
+
+DRAIN_S = 3.0
+"""Shorter than the supervisor waits between SIGTERM and SIGKILL."""
+
+
+def run_worker(run_dir: Path, process: str, ready_fd: int | None) -> int:
+    """Runs one process of a node and returns its exit status.
+
+    Raises:
+        LmpipeError: the node is not there, is not this one's, or has no room.
+    """
+    info = NodeInfo.read(run_dir)
+    topology, paths = info.topology, info.paths
+    stages = _stages_of(topology, process)
+    with contextlib.ExitStack() as undo:
+        session = undo.enter_context(Session.create(paths.path))
+        WorkerNote(os.getpid(), session.id, "starting").write(paths.up(process))
+        # After the note: a new supervisor either reads it and ends this process, or holds the lock by now.
+        if lock_holder(paths.supervisor_lock) != os.getppid():
+            raise NodeError(f"{process}: the supervisor is gone")
+        counters = Counters.create(paths.counters_of(process, os.getpid()), worker_counters(stages))
+        undo.callback(counters.close, unlink=False)
+        spans = Spans(process, paths.trace(process) if topology.profile.trace else None)
+        undo.callback(spans.close)
+        parts = Parts(info, undo)
+        cpus = next(p.cpus for p in topology.processes if p.name == process)
+        runner = Runner(counters, spans, heartbeat_s=topology.heartbeat_ms / 1000, drain_s=DRAIN_S, cpus=cpus)
+        seats = {
+            stage: runner.seat(stage, session, _server(info, stage, session), _client_below(info, stage))
+            for stage in stages
+        }
+        made = [parts.stage(stage, seat) for stage, seat in seats.items()]
+        WorkerNote(os.getpid(), session.id, "ready").write(paths.up(process))
+        if ready_fd is not None:
+            os.write(ready_fd, READY_LINE)  # EPIPE when the supervisor has died: so does this process
+            os.close(ready_fd)
+        return runner.run(made)
+
+
+def _stages_of(topology: Topology, process: str) -> list[str]:
+    """In flow order, whatever the file's."""
+    for candidate in topology.processes:
+        if candidate.name == process:
+            return [stage for stage in topology.stages if stage in candidate.stages]
+    raise NodeError(f"{topology.name} has no process {process}")
+
+
+def _server(info: NodeInfo, stage: str, session: Session) -> Server:
+    ends = info.endpoints[stage]
+    return Server({"load": ends["load"], "save": ends["save"]}, session.id)
+
+
+def _client_below(info: NodeInfo, stage: str) -> Client | None:
+    below = info.topology.below(stage)
+    if below is None:
+        return None
+    ends = info.endpoints[below]
+    return Client({"load": ends["load"], "save": ends["save"]})
+
+
+class Parts:
+    """What stages are made of: segments, indexes and tiers of this node, closed with `undo`."""
+
+    def __init__(self, info: NodeInfo, undo: contextlib.ExitStack) -> None:
+        self._info, self._undo = info, undo
+        self._topology, self._paths = info.topology, info.paths
+        self._sessions = SessionDir(info.paths.path)
+        self._node = NodeWords.attach(info.paths.node_shm)
+        undo.callback(self._node.close)
+
+    def stage(self, name: str, context: Context) -> Stage:
+        """The stage of that name on its seat."""
+        makers: dict[str, Callable[[Context], Stage]] = {"gather": self._gather}
+        return makers[name](context)
+
+    def _gather(self, context: Context) -> Stage:
+        topology, engines = self._topology, self._topology.engines
+        holds = HoldScanner(self._sessions)
+        self._undo.callback(holds.close)
+        index = self._index(Tier.DRAM)
+        dram = DramTier(self._arena(), index, holds, time.monotonic)
+        below = {tier: self._reader(tier) for tier in topology.tier_names if tier is not Tier.DRAM}
+        gather = Gather(
+            context,
+            dram,
+            below,
+            holds,
+            self._sessions,
+            chunk_tokens=topology.chunk_tokens,
+            leases=engines.leases,
+            max_producers=engines.max_producers,
+            copy_threads=topology.copy_threads,
+        )
+        index.publish()
+        return gather
+
+    def _arena(self) -> SlotOwner:
+        arena_id = bytes.fromhex(self._info.arena_id)
+        arena = SlotOwner(Segment.attach(self._paths.arena, SegmentKind.SLOTS, id=arena_id, prefault=True))
+        self._undo.callback(arena.close)
+        return arena
+
+    def _index(self, tier: Tier) -> IndexWriter:
+        index = IndexWriter(self._paths.path, tier, self._topology.index.map_bytes(tier), self._node)
+        self._undo.callback(index.close)
+        return index
+
+    def _reader(self, tier: Tier) -> IndexReader:
+        reader = IndexReader(self._paths.path, tier, self._topology.index.map_bytes(tier), self._node)
+        self._undo.callback(reader.close)
+        return reader
+
+
+def log_to_stderr(process: str) -> None:
+    """Warnings and what the stages say, on stderr, which the supervisor leads to the process's log."""
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format=f"%(asctime)s {process} %(levelname)s %(name)s: %(message)s"
+    )
