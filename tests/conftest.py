@@ -65,15 +65,13 @@ def _children() -> set[int]:
 
 
 def _files() -> set[Path]:
-    """Entries of /dev/shm, nodes in its per-user directories, and sockets in the temporary directory."""
+    """Entries of /dev/shm, this user's nodes, and sockets in the temporary directory."""
+    nodes = _SHM / f"lmpipe-{os.getuid()}"
     found: set[Path] = set()
-    with contextlib.suppress(OSError):
-        found.update(_SHM.iterdir())
-    for directory in tuple(found):
-        if directory.name.startswith("lmpipe-"):
-            with contextlib.suppress(OSError):
-                found.update(directory.iterdir())
-    found.discard(_SHM / f"lmpipe-{os.getuid()}")  # the parent of all nodes of this user stays
+    for directory in (_SHM, nodes):
+        with contextlib.suppress(OSError):
+            found.update(directory.iterdir())
+    found.discard(nodes)  # the parent of all nodes stays
     with os.scandir(tempfile.gettempdir()) as entries:
         found.update(Path(entry.path) for entry in entries if not entry.is_dir() and _is_socket(Path(entry.path)))
     return found
@@ -87,19 +85,36 @@ def _is_socket(path: Path) -> bool:
 
 
 def _ours(paths: set[Path]) -> list[tuple[Path, list[str]]]:
-    """Of new entries those that no stranger uses, each with who does."""
+    """Of new entries those that are this run's, each with who has it open.
+
+    One that a stranger has open is the stranger's. One that nobody has open is ours, unless another test run or node is
+    about that may have made it.
+    """
     users: dict[Path, list[str]] = {path: [] for path in paths}
-    strange: set[Path] = set()
+    theirs: set[Path] = set()
+    others = False
     for directory in Path("/proc").iterdir():
         if not directory.name.isdigit():
             continue
         pid = int(directory.name)
+        stranger = pid != os.getpid() and f"LMPIPE_TEST_RUN={_RUN}".encode() not in _read(pid, "environ")
+        others = others or (stranger and _is_lmpipe(pid))
         used = [path for path in paths if any(_below(name, path) for name in _open_files(pid))]
-        if used and pid != os.getpid() and f"LMPIPE_TEST_RUN={_RUN}".encode() not in _read(pid, "environ"):
-            strange.update(used)
+        if stranger:
+            theirs.update(used)
         for path in used:
             users[path].append(f"{pid} {_command(pid)}")
-    return [(path, who) for path, who in users.items() if path not in strange and os.path.lexists(path)]
+    return [
+        (path, who)
+        for path, who in users.items()
+        if path not in theirs and (who or not others) and os.path.lexists(path)
+    ]
+
+
+def _is_lmpipe(pid: int) -> bool:
+    """Whether this is Python that runs tests or a node; not, say, the shell that started us."""
+    program, _, arguments = _read(pid, "cmdline").partition(b"\0")
+    return b"python" in program and (b"pytest" in arguments or b"lmpipe" in arguments)
 
 
 def _below(name: str, path: Path) -> bool:

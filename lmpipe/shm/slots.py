@@ -159,8 +159,7 @@ class SlotOwner(SlotTable):
         return self.free(slot) if event is SlotEvent.FREE else self._fire(slot, event)
 
     def free(self, slot: Slot) -> bool:
-        """End this life of the slot and take its range back. False: it has ended before, or is COMMITTED and has to
-        be doomed first.
+        """End this life of the slot and take its range back. False: it has ended before, or has to be doomed first.
 
         The range is taken from this process's memory, not from the header, which every writer can reach.
         """
@@ -171,11 +170,11 @@ class SlotOwner(SlotTable):
         return True
 
     def window(self, nbytes: int, limit: int = 1024) -> list[list[int]]:
-        """Groups of committed slots, each of which leaves room for `nbytes` when all of it is freed; for memory in
-        pieces.
+        """Groups of committed slots, each of which leaves room for `nbytes` when all of it is freed.
 
-        A group is neighbours in order of address together with the free ranges between and beside them, and none is
-        larger than it need be. Groups may overlap. No more than `limit` are returned, spread evenly over the memory.
+        For memory in pieces: when there is room as it is, there are none. A group is neighbours in order of address
+        together with the free ranges between and beside them, and none is larger than it need be. Groups may overlap.
+        No more than `limit` are returned, spread evenly over the memory.
         """
         size = size_class(nbytes)
         if self.largest_free >= size:
@@ -200,10 +199,13 @@ class SlotOwner(SlotTable):
         chosen = chosen[:: max(1, -(-len(chosen) // limit))]
         return [order[a : b + 1].tolist() for a, b in zip(chosen.tolist(), last[chosen].tolist(), strict=True)]
 
-    def recover(self, alive: Callable[[SessionId], bool], held: Container[int] = frozenset()) -> Recovered:
+    def recover(
+        self, alive: Callable[[SessionId], bool], held: Container[int] = frozenset(), pending: int = 0
+    ) -> Recovered:
         """Make the allocator from the headers, after a restart; dying in here and starting again does no harm.
 
-        `alive`: whether a session still lives. `held`: places (`Slot.place`) that some reader holds.
+        `alive`: whether a session still lives. `held`: places (`Slot.place`) that some reader holds. `pending`: bits
+        for chunks that were READY, which no tier below has heard of.
         """
         headers = np.frombuffer(self.segment.buf, SLOT_HEADER, self.slots, HEADER_BYTES)
         audit = audit_headers(self._header_words(), headers, self.payload_start, self.capacity_bytes)
@@ -219,6 +221,8 @@ class SlotOwner(SlotTable):
 
         kept: dict[int, tuple[int, int]] = {}
         for index, span in audit.spans.items():
+            if self.state(index)[1] is SlotState.READY:
+                self.set_pending(index, pending)  # before the commit: no death in between can lose them
             if self._settle(index, living, held, found):
                 kept[index] = span
             else:

@@ -51,7 +51,9 @@ def test_what_a_restart_finds(run_dir: Path) -> None:
         new = reopened(path)
         with pytest.raises(ProtocolViolation, match="recover"):
             new.lease(1, ALIVE)
-        found = new.recover(alive, {kept.place})
+        old.set_pending(0, 1)
+        found = new.recover(alive, {kept.place}, pending=3)
+        assert [new.pending(index) for index in found.committed] == [1, 3, 3]
         assert found.committed == [0, 3, 6] and found.leased == {ALIVE: [1, 2]} and found.doomed == [7]
         assert (found.freed, found.damaged) == (3, 0) and sorted(asked) == [ALIVE, DEAD]
         assert new.used_bytes == sum(new.capacity(i) for i in (0, 1, 2, 3, 6, 7)) and new.slots_free == 10
