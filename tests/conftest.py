@@ -1,9 +1,8 @@
-"""The leak check: a test that leaves a process, a thread, a shared-memory file or a socket behind fails, and says
-which.
+"""The leak check: a test that leaves a process, a thread, a shared-memory file or a socket behind fails.
 
 It runs first and ends last of a test's own fixtures; what fixtures of a wider scope made is there before it looks.
 Other test runs may share the machine: processes are ours by an environment variable that they all inherit, files in
-/dev/shm unless a stranger has them open.
+/dev/shm by who has them open.
 """
 
 from __future__ import annotations
