@@ -1,0 +1,129 @@
+"""A node seen from outside: what its supervisor publishes and its processes count, as one tree. Changes nothing."""
+
+from __future__ import annotations
+
+import time
+
+import msgspec
+
+from lmpipe.handles import Tier
+from lmpipe.launch.claim import lock_holder
+from lmpipe.launch.counter_files import read_counters
+from lmpipe.rundir import RunDir
+from lmpipe.supervisor import NodeState
+from lmpipe.topology import NodeInfo
+
+_TIER_GAUGES = {
+    Tier.DRAM: ("gather_dram_rows", "gather_dram_used_bytes", "gather_dram_capacity_bytes"),
+    Tier.SSD: ("persist_rows", "persist_used_bytes", "persist_capacity_bytes"),
+    Tier.REMOTE: ("replicate_rows", "replicate_used_bytes", "replicate_capacity_bytes"),
+}
+_TIER_TROUBLE = {Tier.SSD: ("persist_read_only", "read-only"), Tier.REMOTE: ("replicate_store_down", "store down")}
+
+
+class ProcessView(msgspec.Struct, frozen=True):
+    """A worker. `uptime_s` is 0 when it does not run."""
+
+    name: str
+    state: str
+    pid: int
+    uptime_s: float
+    restarts: int
+    last_exit: str
+    stages: list[str]
+
+
+class TierView(msgspec.Struct, frozen=True):
+    """A tier. `trouble`: why it takes nothing at present, or empty."""
+
+    tier: str
+    rows: int
+    used_bytes: int
+    capacity_bytes: int
+    trouble: str
+
+
+class EngineView(msgspec.Struct, frozen=True):
+    """A producer, in its present life."""
+
+    name: str
+    pid: int
+    lookup_tokens: int
+    hit_tokens: int
+    loaded_bytes: int
+    hit_chunks: dict[str, int]
+    saved_chunks: int
+    dropped_chunks: int
+
+
+class Overview(msgspec.Struct, frozen=True):
+    """A node. `state`: that of its supervisor, or `orphaned` when that is dead."""
+
+    name: str
+    run_dir: str
+    state: str
+    supervisor_pid: int
+    uptime_s: float
+    processes: list[ProcessView]
+    tiers: list[TierView]
+    engines: list[EngineView]
+    counters: dict[str, dict[str, int]]
+
+
+def overview(info: NodeInfo) -> Overview:
+    """The node as it is now."""
+    paths, topology = info.paths, info.topology
+    state = NodeState.read(paths.up("supervisor"))
+    pid = lock_holder(paths.supervisor_lock)
+    now = time.time()
+    counted = {path.stem: values for path, values in read_counters(paths)}
+    stages: dict[str, list[str]] = {process.name: [*process.stages] for process in topology.processes}
+    return Overview(
+        name=topology.name,
+        run_dir=info.run_dir,
+        state="orphaned" if not pid else state.state if state else "starting",
+        supervisor_pid=pid,
+        uptime_s=max(0.0, now - info.created),
+        processes=[
+            ProcessView(
+                p.name, p.state, p.pid, max(0.0, now - p.started) * bool(p.pid), p.restarts, p.last_exit, stages[p.name]
+            )
+            for p in (state.processes if state else [])
+        ],
+        tiers=[_tier(tier, info, counted) for tier in topology.tier_names],
+        engines=_engines(paths, set(stages), counted),
+        counters=counted,
+    )
+
+
+def _tier(tier: Tier, info: NodeInfo, counted: dict[str, dict[str, int]]) -> TierView:
+    values = {name: value for part in counted.values() for name, value in part.items()}
+    rows, used, capacity = (values.get(name, 0) for name in _TIER_GAUGES[tier])
+    gauge, text = _TIER_TROUBLE.get(tier, ("", ""))
+    tiers = info.topology.tiers
+    configured = {Tier.DRAM: tiers.dram, Tier.SSD: tiers.ssd, Tier.REMOTE: tiers.remote}[tier]
+    return TierView(
+        tier, rows, used, capacity or (configured.capacity if configured else 0), text if values.get(gauge) else ""
+    )
+
+
+def _engines(paths: RunDir, workers: set[str], counted: dict[str, dict[str, int]]) -> list[EngineView]:
+    found: list[EngineView] = []
+    for stem, values in counted.items():
+        name, _, pid = stem.rpartition("-")
+        if name in workers or "lookups" not in values:
+            continue
+        hits = {tier.value: values.get(f"hit_chunks_{tier.value}", 0) for tier in Tier}
+        found.append(
+            EngineView(
+                name,
+                int(pid),
+                values["lookup_tokens"],
+                values["hit_tokens"],
+                values["loaded_bytes"],
+                hits,
+                values["saved_chunks"],
+                values["save_dropped_chunks"],
+            )
+        )
+    return found
