@@ -71,7 +71,7 @@ class Gather:
         self._next_id = 0
         self._next_sweep_s = 0.0
         holds.refresh()  # before anything can be evicted: holds of living engines count from the first moment
-        found = dram.arena.recover(sessions.alive, holds.held())
+        found = dram.arena.recover(sessions.alive, holds.held(), self._bits)
         pending = dram.load_rows(found.committed, found.doomed)
         self._producers.adopt(found.leased)
         self._outflow.add(names_of(joined([dram.arena.record(slot).tobytes() for slot in pending])))
