@@ -251,7 +251,9 @@ class Wakeup:
 
     def close(self) -> None:
         """Frees the descriptor; no `wake` may come after it."""
-        os.close(self._fd)
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
 
 class Pollable(Protocol):

@@ -1,7 +1,7 @@
 """What is counted, by kind of process, and its exposition to Prometheus. Knows no process and no file.
 
 A worker's counters are those of its runner and, prefixed with the stage's name, those of its stages. Numbers only grow;
-those named in a `*_GAUGES` set go up and down.
+those named in `GAUGES` go up and down.
 """
 
 from __future__ import annotations
@@ -118,27 +118,17 @@ _PRODUCER = {
     "unexpected_messages": "Messages that nobody here waits for",
 }
 PRODUCER_COUNTERS = tuple(_PRODUCER)
+_LEVELS = ("rows", "used_bytes", "capacity_bytes", "read_only", "store_down", "ring_used_bytes", "ring_capacity_bytes")
+_DRAM_LEVELS = ("dram_used_bytes", "dram_capacity_bytes", "dram_rows", "unpersisted_rows", "producers")
 GAUGES = frozenset(
-    {
-        "gather_dram_used_bytes",
-        "gather_dram_capacity_bytes",
-        "gather_dram_rows",
-        "gather_unpersisted_rows",
-        "gather_producers",
-        *(
-            f"{stage}_{name}"
-            for stage in ("compress", "persist", "replicate")
-            for name in ("rows", "used_bytes", "capacity_bytes", "read_only", "store_down")
-        ),
-        *(
-            f"{stage}_ring_{name}_bytes"
-            for stage in ("compress", "persist", "replicate")
-            for name in ("used", "capacity")
-        ),
-    }
+    f"{stage}_{name}"
+    for stage, table in STAGE_COUNTERS.items()
+    for name in table
+    if name in (_DRAM_LEVELS if stage == "gather" else _LEVELS)
 )
+"""Names whose numbers go up and down."""
 
-_HELP = {
+HELP = {
     **RUNNER_COUNTERS,
     **_PRODUCER,
     **{
@@ -176,7 +166,7 @@ class _Samples(Collector):
                 by_process[sample.process] = value + (0 if name in GAUGES else by_process.get(sample.process, 0))
         for name, by_process in sorted(sums.items()):
             family = GaugeMetricFamily if name in GAUGES else CounterMetricFamily
-            metric = family(f"lmpipe_{name}", _HELP.get(name, name), labels=["process"])
+            metric = family(f"lmpipe_{name}", HELP.get(name, name), labels=["process"])
             for process, value in by_process.items():
                 metric.add_metric([process], value)
             yield metric

@@ -240,7 +240,7 @@ def test_a_peer_that_does_not_read_is_full_not_waited_for(pair: Pair) -> None:
     while pair.server.send(pair.peer, Touch(ME, chunks(200))):
         sent += 1
         assert sent < 100 * HWM
-    assert sent >= HWM
+    assert sent >= HWM // 2
 
 
 def test_a_server_that_does_not_read_is_full_not_waited_for(pair: Pair) -> None:
@@ -248,7 +248,7 @@ def test_a_server_that_does_not_read_is_full_not_waited_for(pair: Pair) -> None:
     while pair.client.send("save", Touch(YOU, chunks(200))):
         sent += 1
         assert sent < 100 * HWM
-    assert sent >= HWM
+    assert sent >= HWM // 2
     assert pair.client.send("load", Cancel(YOU, 1))  # the other channel has room
     assert pair.get("load") == Cancel(YOU, 1)
 
