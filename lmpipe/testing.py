@@ -9,6 +9,7 @@ with Node() as node:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -198,6 +199,10 @@ class Node:
         supervisor = self._supervisor
         if supervisor is not None and supervisor.poll() is None:
             state = NodeState.read(self.paths.up("supervisor"))
+            # Whatever a test has stopped goes on: it takes part in the orderly end.
+            for pid in [p.pid for p in state.processes if p.pid] if state else []:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
             supervisor.send_signal(signal.SIGCONT)
             supervisor.terminate()
             try:

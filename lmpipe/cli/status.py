@@ -13,6 +13,7 @@ from rich.text import Text
 
 from lmpipe.cli.nodes import Subparsers, add_node_arguments, add_verb, node_of
 from lmpipe.cli.picture import size
+from lmpipe.handles import Tier
 from lmpipe.launch.overview import EngineView, Overview, overview
 
 EXAMPLES = """
@@ -98,14 +99,13 @@ def _tiers(seen: Overview) -> Table:
 
 
 def _engines(engines: list[EngineView]) -> Table:
-    table = _table(
-        "engine", "pid", "tokens looked up", "hit", "chunks loaded dram/ssd/remote", "bytes", "saved", "dropped"
-    )
+    """Tokens looked up and found; chunks loaded from each tier, saved and dropped."""
+    table = _table("engine", "pid", "looked up", "hit", "dram", "ssd", "remote", "loaded", "saved", "dropped")
     for e in engines:
         hit = f"{100 * e.hit_tokens / e.lookup_tokens:.0f} %" if e.lookup_tokens else ""
-        tiers = " / ".join(f"{count:,}" for count in e.hit_chunks.values())
+        tiers = [f"{e.hit_chunks[tier.value]:,}" for tier in Tier]
         saved, dropped = f"{e.saved_chunks:,}", f"{e.dropped_chunks:,}"
-        table.add_row(e.name, str(e.pid), f"{e.lookup_tokens:,}", hit, tiers, size(e.loaded_bytes), saved, dropped)
+        table.add_row(e.name, str(e.pid), f"{e.lookup_tokens:,}", hit, *tiers, size(e.loaded_bytes), saved, dropped)
     return table
 
 
