@@ -1,0 +1,17 @@
+"""Benchmarks: each figure beside what it is measured against, taken in the same run. One file each, run as a process of its own:
+
+    python -m lmpipe.bench.save --quick      progress on stderr, figures as JSON on stdout
+
+`lmpipe bench` runs them, judges and draws. This file knows only their names.
+"""
+
+SUMMARIES = {
+    "save": "512 MiB of pages into DRAM, private and mapped, against memcpy; the engine thread's part of a 128K save",
+    "load": "512 MiB from DRAM into pages, private and mapped, against memcpy",
+    "lookup": "full hits of 4K, 32K and 128K tokens among 1M rows, hashing included",
+    "hop": "stage to stage and engine to gather, against raw pyzmq",
+    "ssd": "writes and cold reads of the SSD tier, against raw O_DIRECT",
+    "idle": "private memory and wake-ups of a topology that has nothing to do",
+    "ttft": "time to first token of the demo's model: without lmpipe, cold with it, warm from each tier",
+}
+"""What each benchmark measures, by name."""
