@@ -106,9 +106,12 @@ class Engines(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class LoadRates(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Bytes per second that a load from each tier reaches (None: measured by the producer)."""
 
-    dram: Rate | None = None
     ssd: Rate | None = None
     remote: Rate | None = None
+
+    def of(self, tier: Tier) -> float | None:
+        """The rate given for a tier; DRAM has none: a copy is never slower than prefill."""
+        return {Tier.DRAM: None, Tier.SSD: self.ssd, Tier.REMOTE: self.remote}[tier]
 
 
 class Admission(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

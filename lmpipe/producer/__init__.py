@@ -18,10 +18,8 @@ import itertools
 import logging
 import os
 import queue
-import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
@@ -36,13 +34,12 @@ from lmpipe.errors import LayoutError
 from lmpipe.handles import ChunkRecords, SessionId, Tier
 from lmpipe.keys import Extra, Namespace, Prompt
 from lmpipe.layout import CHUNK_TOKENS, KVLayout
-from lmpipe.metrics import PRODUCER_COUNTERS
+from lmpipe.producer.accounts import Accounts, Event
 from lmpipe.producer.admission import Admission
 from lmpipe.producer.attachment import TIERS, Attachment, Found, Wanted
 from lmpipe.producer.link import LeasePool, Link, slots_of
 from lmpipe.producer.loading import Loader, LoadResult
 from lmpipe.producer.saving import PageIds, Saver, SaveTicket, chunk_records
-from lmpipe.shm.counters import Counters
 from lmpipe.wire import VERSION
 
 __all__ = ["Found", "LoadResult", "MappedPages", "Producer", "SaveTicket"]
@@ -50,9 +47,6 @@ __all__ = ["Found", "LoadResult", "MappedPages", "Producer", "SaveTicket"]
 log = logging.getLogger("lmpipe.producer")
 
 MappedPages = m.PageSource
-Event = Callable[[str, ChunkRecords], None]
-EVENTS = ("saved", "persisted", "loaded", "evicted", "failed")
-
 _EMPTY = np.empty(0, np.uint8)
 
 
@@ -106,13 +100,12 @@ class Producer:
         self._configured_chunk = chunk_tokens
         self._set_chunk(chunk_tokens or layout.effective_chunk_tokens(CHUNK_TOKENS))
         self._ids = itertools.count(int.from_bytes(os.urandom(4), "little") << 24 | 1)
-        self._callbacks: dict[str, list[Event]] = {event: [] for event in EVENTS}
-        self._counts: Counter[str] = Counter()
-        self._counters: Counters | None = None
-        self._counts_lock = threading.Lock()
+        self._accounts = Accounts(name)
         self.admission = Admission()
         self._leases = LeasePool()
-        self._link = Link(Path(run_dir), self._hello, self._on_message, self._on_ready, self._on_lost, self._on_beat)
+        self._link = Link(
+            Path(run_dir), self._hello, self._on_message, self._on_ready, self._on_lost, self._accounts.publish
+        )
         self._loader = Loader(self._link, copy_threads)
         self._saver = Saver(self._link, self._leases, lambda: self._wanted, copy_threads)
         self._closed = False
@@ -148,14 +141,11 @@ class Producer:
         Raises:
             ValueError: no such event.
         """
-        if event not in self._callbacks:
-            raise ValueError(f"unknown event {event!r} (known: {', '.join(EVENTS)})")
-        self._callbacks[event].append(callback)
+        self._accounts.on(event, callback)
 
     def stats(self) -> dict[str, int]:
         """Counters of this producer since it was made."""
-        with self._counts_lock:
-            return dict(self._counts)
+        return self._accounts.snapshot()
 
     # The three verbs of an engine.
 
@@ -178,14 +168,14 @@ class Producer:
         limit = prompt.tokens if max_tokens is None else min(max_tokens, prompt.tokens)
         chunks = limit // self.chunk_tokens
         if not chunks or attachment is None or prompt.namespace != self.namespace or not attachment.enter():
-            self._count(lookups=1, lookup_tokens=prompt.tokens)
+            self._accounts.count(lookups=1, lookup_tokens=prompt.tokens)
             return Found(self.chunk_tokens, m.no_chunks(), _EMPTY)
         try:
             found = attachment.lookup(prompt, chunks, self._wanted, next(self._ids))
         finally:
             attachment.leave()
         found = self.admission.admit(found)
-        self._count(lookups=1, lookup_tokens=prompt.tokens, hit_tokens=found.tokens)
+        self._accounts.count(lookups=1, lookup_tokens=prompt.tokens, hit_tokens=found.tokens)
         return found
 
     def load(
@@ -208,15 +198,15 @@ class Producer:
         records = found.records
         result = self._loader.load(next(self._ids), found, pool, page_ids, deadline_ns)
         self.admission.observe_load(result)
-        self._count(loads=1, loaded_tokens=result.tokens, loaded_bytes=result.nbytes)
+        self._accounts.count(loads=1, loaded_tokens=result.tokens, loaded_bytes=result.nbytes)
         for tier, chunks in result.by_tier.items():
-            self._count(**{f"hit_chunks_{tier}": chunks})
+            self._accounts.count(**{f"hit_chunks_{tier}": chunks})
         if result.chunks:
-            self._emit("loaded", records[: result.chunks])
+            self._accounts.emit("loaded", records[: result.chunks])
             self._link.post("load", m.Touch(self._session(), records[: result.chunks]))
         if result.chunks < len(records):
-            self._count(load_failed_chunks=len(records) - result.chunks)
-            self._emit("failed", records[result.chunks :])
+            self._accounts.count(load_failed_chunks=len(records) - result.chunks)
+            self._accounts.emit("failed", records[result.chunks :])
         return result
 
     def save(
@@ -241,11 +231,13 @@ class Producer:
         if pool is None and self._pages is None:
             raise ValueError("no pool given, and this producer was made without mapped pages")
         ticket = SaveTicket(next(self._ids), count)
-        self._count(saves=1, save_chunks=count)
+        self._accounts.count(saves=1, save_chunks=count)
         if not count:
             ticket.count()
+        elif prompt.tokens < self.admission.min_tokens:
+            self._accounts.count(save_dropped_chunks=self._saver.finish(ticket, "short prompt"))
         elif self.state != "ready" or prompt.namespace != self.namespace:
-            self._count(save_dropped_chunks=self._saver.finish(ticket, "lmpipe absent"))
+            self._accounts.count(save_dropped_chunks=self._saver.finish(ticket, "lmpipe absent"))
         else:
             self._saver.put(ticket, prompt, first_chunk, pool, page_ids)
         return ticket
@@ -261,7 +253,7 @@ class Producer:
     def cancel(self, ticket: SaveTicket) -> None:
         """Stop a save: what is not committed yet is discarded."""
         ticket.revoke()
-        self._count(save_dropped_chunks=self._saver.finish(ticket, "cancelled"))
+        self._accounts.count(save_dropped_chunks=self._saver.finish(ticket, "cancelled"))
 
     def touch(self, prompt: Prompt) -> None:
         """Mark a prompt's chunks as just used."""
@@ -320,8 +312,7 @@ class Producer:
         self._closed = True
         self._saver.close()
         self._link.close(None)
-        if self._counters is not None:
-            self._counters.close()
+        self._accounts.close()
 
     def __enter__(self) -> Producer:
         return self
@@ -370,66 +361,43 @@ class Producer:
         )
 
     def _on_ready(self, attachment: Attachment, message: m.Registered) -> None:
+        self.admission.configure(attachment.info.topology.admission)
         self._leases.reset(slots_of(message.leases))
 
     def _on_lost(self, reason: str) -> None:
         self._saver.lost(reason)
 
-    def _on_beat(self, attachment: Attachment | None) -> None:
-        """Publish the counters where `lmpipe status` and the exporter read them."""
-        if attachment is None:
-            return
-        session = attachment.session.id
-        path = attachment.info.paths.counters_of(f"{self.name}.{session & 0xFFFF:04x}", os.getpid())
-        if self._counters is None or self._counters.segment.path != path:
-            if self._counters is not None:
-                self._counters.close()
-            self._counters = Counters.create(path, PRODUCER_COUNTERS)
-        for name, value in self.stats().items():
-            self._counters.set(name, value)
-
     def _on_message(self, message: m.Message) -> None:
         match message:
             case m.Saved():
                 self._answered(message.save_id, len(message.chunks), "")
-                self._emit("saved", message.chunks)
+                self._accounts.emit("saved", message.chunks)
             case m.SaveDropped():
                 self._answered(message.save_id, len(message.chunks), message.reason)
-                self._emit("failed", message.chunks)
+                self._accounts.emit("failed", message.chunks)
             case m.Persisted():
-                self._count(persisted_chunks=len(message.chunks))
-                self._emit("persisted", message.chunks)
+                self._accounts.count(persisted_chunks=len(message.chunks))
+                self._accounts.emit("persisted", message.chunks)
             case m.Credit():
                 self._leases.give(slots_of(message.places))
             case m.Evicted():
-                self._count(evicted_chunks=len(message.chunks))
-                self._emit("evicted", message.chunks)
+                self._accounts.count(evicted_chunks=len(message.chunks))
+                self._accounts.emit("evicted", message.chunks)
             case m.Refused():
                 log.warning("gather refused a %s: %s", message.about, message.reason)
                 ticket = self._saver.tickets.get(message.ref)
                 if ticket is not None:
-                    self._count(save_dropped_chunks=self._saver.finish(ticket, f"refused: {message.reason}"))
+                    self._accounts.count(save_dropped_chunks=self._saver.finish(ticket, f"refused: {message.reason}"))
             case _:
-                self._count(unexpected_messages=1)
+                self._accounts.count(unexpected_messages=1)
 
     def _answered(self, save_id: int, chunks: int, reason: str) -> None:
         ticket = self._saver.tickets.get(save_id)
         if reason:
-            self._count(save_dropped_chunks=chunks)
+            self._accounts.count(save_dropped_chunks=chunks)
         else:
-            self._count(saved_chunks=chunks)
+            self._accounts.count(saved_chunks=chunks)
         if ticket is not None:
             ticket.count(saved=0 if reason else chunks, dropped=chunks if reason else 0, reason=reason)
             if ticket.done:
                 self._saver.tickets.pop(save_id, None)
-
-    def _emit(self, event: str, records: ChunkRecords) -> None:
-        for callback in self._callbacks[event]:
-            try:
-                callback(event, records)
-            except Exception:
-                log.exception("a callback on %s raised", event)
-
-    def _count(self, **amounts: int) -> None:
-        with self._counts_lock:
-            self._counts.update(amounts)

@@ -13,6 +13,7 @@ import numpy as np
 from lmpipe.handles import Tier
 from lmpipe.producer.attachment import TIERS, Found
 from lmpipe.producer.loading import LoadResult
+from lmpipe.topology import Admission as AdmissionConfig
 
 SMOOTHING = 0.3
 EXPLORE_EVERY = 16
@@ -20,25 +21,38 @@ EXPLORE_EVERY = 16
 
 
 class Admission:
-    """Weighs loads from below DRAM against prefill. Thread-safe. Rates may be given instead of measured."""
+    """Weighs loads from below DRAM against prefill. Thread-safe."""
 
-    def __init__(self, prefill_tokens_per_s: float | None = None) -> None:
+    def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._given = prefill_tokens_per_s is not None
-        self.prefill_tokens_per_s = prefill_tokens_per_s
+        self._given = AdmissionConfig()
+        self.prefill_tokens_per_s: float | None = None
         self.load_bytes_per_s: dict[Tier, float] = {}
         self.refused = 0
 
+    @property
+    def min_tokens(self) -> int:
+        """Prompts shorter than this are not saved."""
+        return self._given.min_tokens
+
+    def configure(self, given: AdmissionConfig) -> None:
+        """Take the node's settings; a rate that is given is not measured."""
+        with self._lock:
+            self._given = given
+            self.prefill_tokens_per_s = given.prefill_tokens_per_s or self.prefill_tokens_per_s
+            self.load_bytes_per_s.update({tier: rate for tier in TIERS if (rate := given.load_bytes_per_s.of(tier))})
+
     def observe_prefill(self, tokens: int, seconds: float) -> None:
         """Tell how long computing `tokens` took."""
-        if tokens > 0 and seconds > 0 and not self._given:
+        if tokens > 0 and seconds > 0 and not self._given.prefill_tokens_per_s:
             with self._lock:
                 self.prefill_tokens_per_s = _mean(self.prefill_tokens_per_s, tokens / seconds)
 
     def observe_load(self, result: LoadResult) -> None:
         """Learn from a load that came from one tier below DRAM only."""
         below = [tier for tier in result.by_tier if tier is not Tier.DRAM]
-        if len(below) == 1 and len(result.by_tier) == 1 and result.seconds > 0 and not result.reason:
+        alone = len(below) == 1 and len(result.by_tier) == 1 and result.seconds > 0 and not result.reason
+        if alone and not self._given.load_bytes_per_s.of(below[0]):
             with self._lock:
                 self.load_bytes_per_s[below[0]] = _mean(
                     self.load_bytes_per_s.get(below[0]), result.nbytes / result.seconds

@@ -1,0 +1,78 @@
+"""What a producer counts and whom it tells: counters, published where `lmpipe status` reads them, and a user's
+callbacks.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable
+
+from lmpipe.handles import ChunkRecords
+from lmpipe.metrics import PRODUCER_COUNTERS
+from lmpipe.producer.attachment import Attachment
+from lmpipe.shm.counters import Counters
+
+log = logging.getLogger("lmpipe.producer")
+
+Event = Callable[[str, ChunkRecords], None]
+EVENTS = ("saved", "persisted", "loaded", "evicted", "failed")
+
+
+class Accounts:
+    """Counts from any thread; `publish` is the link's."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._counts: Counter[str] = Counter()
+        self._lock = threading.Lock()
+        self._published: Counters | None = None
+        self._callbacks: dict[str, list[Event]] = {event: [] for event in EVENTS}
+
+    def on(self, event: str, callback: Event) -> None:
+        """Register a callback.
+
+        Raises:
+            ValueError: no such event.
+        """
+        if event not in self._callbacks:
+            raise ValueError(f"unknown event {event!r} (known: {', '.join(EVENTS)})")
+        self._callbacks[event].append(callback)
+
+    def emit(self, event: str, records: ChunkRecords) -> None:
+        """Tell the callbacks of an event."""
+        for callback in self._callbacks[event]:
+            try:
+                callback(event, records)
+            except Exception:
+                log.exception("a callback on %s raised", event)
+
+    def count(self, **amounts: int) -> None:
+        """Add to counters."""
+        with self._lock:
+            self._counts.update(amounts)
+
+    def snapshot(self) -> dict[str, int]:
+        """All counters that are not 0."""
+        with self._lock:
+            return dict(self._counts)
+
+    def publish(self, attachment: Attachment | None) -> None:
+        """Write the counters into the node's run directory, into another file when the session is another one."""
+        if attachment is None:
+            return
+        session = attachment.session.id
+        path = attachment.info.paths.counters_of(f"{self._name}.{session & 0xFFFF:04x}", os.getpid())
+        if self._published is None or self._published.segment.path != path:
+            self.close()
+            self._published = Counters.create(path, PRODUCER_COUNTERS)
+        for name, value in self.snapshot().items():
+            self._published.set(name, value)
+
+    def close(self) -> None:
+        """Unmap; the file stays for the sums."""
+        if self._published is not None:
+            self._published.close()
+            self._published = None
