@@ -27,7 +27,7 @@ import yaml
 
 from lmpipe import topology as tp
 from lmpipe.errors import NodeError
-from lmpipe.launch.claim import Claim
+from lmpipe.launch.stop import stop_node, tidy_up
 from lmpipe.layout import KVLayout
 from lmpipe.producer import Producer
 from lmpipe.rundir import RunDir
@@ -211,15 +211,13 @@ class Node:
                 supervisor.kill()
                 supervisor.wait()
                 self._await_starting(state)
+        stop_node(self.paths, keep_dram=False, timeout_s=START_S / 2)  # one that the test itself has started
         if self.paths.path.exists():
-            claim = Claim(self.paths, self.topology.name)
-            claim.end_former_life(lambda _: None)
-            claim.clear(keep_dram=False)
-            claim.release()
+            tidy_up(self.paths, keep_dram=False, report=lambda _: None)
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def _await_starting(self, state: NodeState | None) -> None:
-        """Workers of a killed supervisor that had not said READY end themselves; the others are ended by their notes."""
+        """Workers of a killed supervisor that were still starting end themselves; others are ended by their notes."""
         starting = [p.pid for p in state.processes if p.state == "starting"] if state else []
         deadline_s = time.monotonic() + 5.0
         while any(Path(f"/proc/{pid}").exists() for pid in starting) and time.monotonic() < deadline_s:

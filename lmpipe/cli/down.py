@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
-import select
-import signal
 
-from lmpipe.cli.nodes import NodeAbsent, Subparsers, add_node_arguments, add_verb, run_dir_of, supervisor_pid
-from lmpipe.errors import NodeError
-from lmpipe.launch.claim import Claim
-from lmpipe.rundir import RunDir
+from lmpipe.cli.nodes import NodeAbsent, Subparsers, add_node_arguments, add_verb, run_dir_of
+from lmpipe.launch.stop import stop_node, tidy_up
 
 EXAMPLES = """
 lmpipe down                        the only node there is
@@ -33,42 +28,11 @@ def add(verbs: Subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     """Exit status 0 when nothing of the node runs any more."""
     paths = run_dir_of(args)
-    pid = supervisor_pid(paths)
-    if pid < 0:
-        raise NodeError(f"the supervisor of {paths.path} runs in another container; stop it there")
-    if not pid:
-        return _tidy(paths, keep_dram=args.keep_dram)
-    try:
-        pidfd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return 0
-    try:
-        if supervisor_pid(paths) != pid:
-            return 0  # it ended in this moment; the number may be a stranger's
-        if args.keep_dram:
-            paths.keep_dram.touch(mode=0o600)
-        signal.pidfd_send_signal(pidfd, signal.SIGTERM)
-        poll = select.poll()
-        poll.register(pidfd, select.POLLIN)
-        if not poll.poll(args.timeout * 1000):
-            raise NodeError(
-                f"the supervisor, pid {pid}, has not stopped in {args.timeout:g} s; it may still be draining"
-            )
-    finally:
-        os.close(pidfd)
-    print(f"stopped: {paths.path}")
-    return 0
-
-
-def _tidy(paths: RunDir, *, keep_dram: bool) -> int:
-    """No supervisor lives: ends what it left and removes what it did not."""
-    if not paths.path.is_dir() or not (paths.node_json.exists() or paths.arena.exists()):
+    if stop_node(paths, keep_dram=args.keep_dram, timeout_s=args.timeout):
+        print(f"stopped: {paths.path}")
+    elif not paths.path.is_dir() or not (paths.node_json.exists() or paths.arena.exists()):
         raise NodeAbsent(f"no node at {paths.path}")
-    claim = Claim(paths, paths.path.name)
-    try:
-        claim.end_former_life(print)
-        claim.clear(keep_dram=keep_dram)
-    finally:
-        claim.release()
-    print(f"tidied up: {paths.path}")
+    else:
+        tidy_up(paths, keep_dram=args.keep_dram, report=print)
+        print(f"tidied up: {paths.path}")
     return 0

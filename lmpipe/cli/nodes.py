@@ -8,7 +8,6 @@ from typing import TypeAlias
 
 from lmpipe import topology
 from lmpipe.errors import LmpipeError, NodeError
-from lmpipe.launch.claim import lock_holder
 from lmpipe.rundir import RunDir, default_parent
 from lmpipe.topology import NodeInfo
 
@@ -74,8 +73,3 @@ def node_of(args: argparse.Namespace) -> NodeInfo:
     if not paths.node_json.exists():
         raise NodeAbsent(f"no node at {paths.path}; start one with: lmpipe up FILE")
     return NodeInfo.read(paths.path)
-
-
-def supervisor_pid(paths: RunDir) -> int:
-    """Pid of the living supervisor; 0: none, -1: in another pid namespace."""
-    return lock_holder(paths.supervisor_lock)
