@@ -92,6 +92,8 @@ class Gather:
                 self._load_failed(message.reason, message.chunks)
             case m.Invalidated():
                 self._recalled(message)
+            case m.Evicted():
+                self._tell_evicted(message.tier, message.chunks)
             case _ if peer is not None:
                 self._request(peer, message)
             case _:
@@ -275,13 +277,16 @@ class Gather:
         evicted = self._dram.take_evicted()
         if len(evicted):
             self._context.count("evicted_chunks", len(evicted))
-            for engine in self._producers:
-                self._context.reply(engine.peer, m.Evicted(self._session, Tier.DRAM, evicted))
+            self._tell_evicted(Tier.DRAM, evicted)
         if started:
             return 0.0
         due_s = self._next_sweep_s - now_s
         deadline_ns = self._loads.next_deadline_ns()
         return min(due_s, deadline_ns / 1e9 - now_s) if deadline_ns else due_s
+
+    def _tell_evicted(self, tier: Tier, chunks: ChunkRecords) -> None:
+        for engine in self._producers:
+            self._context.reply(engine.peer, m.Evicted(self._session, tier, chunks))
 
     def _sweep(self) -> None:
         """Once a second: what the dead held comes back, doomed slots that are held no more are freed, figures are
