@@ -81,10 +81,13 @@ class Gather:
 
     def handle(self, peer: Peer | None, message: m.Message) -> None:
         """One message from an engine (`peer`) or from the stage below (None)."""
-        match message:
-            case m.Persisted():
+        if peer is not None:
+            self._request(peer, message)
+            return
+        match message:  # from below only: an engine that says so is refused
+            case m.Persisted() if message.tier in PENDING:
                 self._taken(message.tier, message.chunks)
-            case m.SaveDropped():
+            case m.SaveDropped() if message.tier in PENDING:
                 self._refused_below(message)
             case m.Loaded():
                 self._loaded(message.chunks)
@@ -92,10 +95,6 @@ class Gather:
                 self._load_failed(message.reason, message.chunks)
             case m.Invalidated():
                 self._recalled(message)
-            case m.Evicted():
-                self._tell_evicted(message.tier, message.chunks)
-            case _ if peer is not None:
-                self._request(peer, message)
             case _:
                 self._context.count("unexpected_messages")
 

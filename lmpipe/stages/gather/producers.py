@@ -44,6 +44,7 @@ class Engine:
     session: SessionId
     peer: Peer
     hello: m.Register
+    chunk_pages: int
     chunk_bytes: int
     pool: native.PagePool | None = None
     pages: Segment | None = None
@@ -91,7 +92,9 @@ class Producers:
         if hello.layout is None:
             raise LayoutError("a producer has to state its layout")
         layout = m.kv_layout(hello.layout)
-        chunk_bytes = layout.chunk_bytes(hello.chunk_tokens)
+        chunk_pages, chunk_bytes = layout.chunk_pages(hello.chunk_tokens), layout.chunk_bytes(hello.chunk_tokens)
+        if not chunk_bytes:
+            raise LayoutError("a chunk of no tokens")
         if chunk_bytes > self._dram.arena.capacity_bytes:
             raise LayoutError(
                 f"a chunk of {hello.chunk_tokens} tokens takes {chunk_bytes} bytes, the arena has"
@@ -103,7 +106,7 @@ class Producers:
         old = self._engines.pop(session, None)
         if old is None and len(self._engines) >= self._most:
             raise LayoutError(f"{self._most} engines are registered already: raise engines.max_producers")
-        engine = Engine(session, peer, hello, chunk_bytes)
+        engine = Engine(session, peer, hello, chunk_pages, chunk_bytes)
         if hello.pages is not None:
             engine.pages, engine.pool = _map(hello.pages, layout.plane_count, layout.page_bytes)
         engine.leases = old.leases if old is not None else self._orphans.pop(session, set[int]())

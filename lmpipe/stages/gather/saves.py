@@ -10,7 +10,7 @@ import numpy as np
 
 from lmpipe import messages as m
 from lmpipe import native
-from lmpipe.handles import ChunkRecords, SessionId, Slot, Tier
+from lmpipe.handles import ChunkRecords, Codec, SessionId, Slot, Tier
 from lmpipe.lifecycle import SlotEvent, SlotState
 from lmpipe.shm.hold import HoldScanner
 from lmpipe.stages.base import Context, Peer
@@ -56,8 +56,11 @@ class Saves:
             self._context.reply(peer, m.Refused(self._session, "Save", message.save_id, "not registered"))
         elif message.segment == "arena":
             self._save_slots(engine, peer, message)
-        elif message.segment == "pages" and engine.pool is not None:
+        elif message.segment == "pages" and engine.pool is not None and _is_whole(engine, message):
             engine.saves.append(MappedSave(message, peer))
+        elif message.segment == "pages" and engine.pool is not None:
+            reason = f"chunks of {engine.chunk_pages} pages and {engine.chunk_bytes} bytes were agreed"
+            self._context.reply(peer, m.Refused(self._session, "Save", message.save_id, reason))
         else:
             self._context.reply(
                 peer, m.Refused(self._session, "Save", message.save_id, f"no segment {message.segment!r}")
@@ -200,3 +203,11 @@ class Saves:
             if slot.index in engine.leases and self._dram.arena.state(slot.index)[0] == slot.generation:
                 engine.leases.discard(slot.index)
                 self._dram.arena.free(slot)
+
+
+def _is_whole(engine: Engine, message: m.Save) -> bool:
+    """Whether the pages named fill the chunks promised: a slot that is copied in part would be served as a whole one."""
+    chunks, size = message.chunks, engine.chunk_bytes
+    return message.page_ids.shape[1] == engine.chunk_pages and bool(
+        np.all((chunks["nbytes"] == size) & (chunks["raw_bytes"] == size) & (chunks["codec"] == Codec.RAW))
+    )
