@@ -1,4 +1,4 @@
-"""Benchmarks: each figure beside what it is measured against, taken in the same run. One file each, run as a process of its own:
+"""Benchmarks: each figure beside what it is measured against, taken in the same run. One file each, and a process each:
 
     python -m lmpipe.bench.save --quick      progress on stderr, figures as JSON on stdout
 

@@ -1,7 +1,7 @@
 """The far end of the hop benchmark: `python -m lmpipe.bench.echo DIR`, a process with one stage that answers at once.
 
-The stage sits in a real runner behind a real server, as every stage does; beside it, on a thread of its own that is asleep
-while the stage is asked, plain pyzmq echoes. Says READY on stdout, ends on SIGTERM.
+The stage sits in a real runner behind a real server, as every stage does; beside it, on a thread of its own that is
+asleep while the stage is asked, plain pyzmq echoes. Says READY on stdout, ends on SIGTERM.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from lmpipe import messages as m
 from lmpipe.bench.raw_ipc import RawClient, echo
 from lmpipe.bus import Server
-from lmpipe.handles import SessionId
+from lmpipe.handles import SessionId, Tier
 from lmpipe.metrics import worker_counters
 from lmpipe.rundir import RunDir
 from lmpipe.shm.counters import Counters
@@ -36,7 +36,7 @@ class Echo:
     def handle(self, peer: Peer | None, message: m.Message) -> None:
         """A Save is answered with Persisted and the same records."""
         if peer is not None and isinstance(message, m.Save):
-            self._context.reply(peer, m.Persisted(self._context.session.id, "ssd", message.chunks))
+            self._context.reply(peer, m.Persisted(self._context.session.id, Tier.SSD, message.chunks))
 
     def step(self, now_s: float) -> float | None:
         """Nothing that was not asked for."""

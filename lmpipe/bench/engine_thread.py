@@ -1,8 +1,8 @@
 """What a save of 128K tokens of mapped pages costs the engine's thread: the time until Producer.save returns.
 
-That time depends on the number of chunks and page ids, not on bytes, so the pages are small and the page ids those of the real
-thing: 512 chunks of 16. Each save is of a prompt that was not seen before, and is answered before the next one. The limit is one
-plain ipc send of a message of the same size.
+That time depends on the number of chunks and page ids, not on bytes, so the pages are small and the page ids those of
+the real thing: 512 chunks of 16. Each save is of a prompt that was not seen before, and is answered before the next
+one. The limit is one plain ipc send of a message of the same size.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What every benchmark runs in: two cores, progress on stderr, figures on stdout; and the alternation of figure and limit.
+"""What every benchmark runs in: two cores, progress on stderr, figures on stdout; and figure and limit taking turns.
 
-The machine is not ours alone, so nothing is compared across time: figure and limit take turns, and what disturbs one of them
-most likely disturbs its neighbour too. Medians, because a disturbance has no upper bound. Knows no benchmark.
+The machine is not ours alone, so nothing is compared across time: what disturbs a figure most likely disturbs its
+limit, measured just before or after, too. Medians, because a disturbance has no upper bound. Knows no benchmark.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ class Setting:
     """How large a run is to be. `quick` proves that the benchmark works; its figures mean nothing."""
 
     quick: bool
+    disk: Path = Path("out")
+    """Where a benchmark that needs a disk makes a directory of its own."""
 
     def size(self, full: int, quick: int) -> int:
         """`full`, or `quick` in a quick run."""
@@ -103,9 +105,10 @@ def main(run: Callable[[Setting], list[Figure]]) -> int:
     """A benchmark as a process; returns its exit status."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="a tiny run that proves that it works")
+    parser.add_argument("--disk", type=Path, default=Path("out"), help="for the files of benchmarks that need a disk")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, _stop)
     keep_to_two_cores()
-    figures = run(Setting(args.quick))
+    figures = run(Setting(args.quick, args.disk))
     sys.stdout.buffer.write(orjson.dumps([asdict(figure) for figure in figures], option=orjson.OPT_APPEND_NEWLINE))
     return 0

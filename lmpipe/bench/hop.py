@@ -1,9 +1,10 @@
 """A hop between two processes, against plain pyzmq between the same two.
 
-    stage to stage    a Save with eight chunk records through lmpipe's bus into the runner of a stage in another process, and that
-                      stage's answer with the same eight records back: encode, send, poll, decode, handle, each way. A hop is half of it
-    control           Ping and Pong, as an engine's producer and the supervisor send them; the runner of any stage answers
-    limit             frames of the same sizes, DEALER to ROUTER over ipc, received blocking and sent back as they are
+stage to stage  a Save with eight chunk records through lmpipe's bus into the runner of a stage in another process, and
+                that stage's answer with the same records back: encode, send, poll, decode, handle, each way. A hop is
+                half of it
+control         Ping and Pong, as a producer and the supervisor send them; the runner of any stage answers
+limit           frames of the same sizes, DEALER to ROUTER over ipc, received blocking and sent back as they are
 """
 
 from __future__ import annotations
@@ -62,10 +63,14 @@ class Far:
         return time.perf_counter() - began
 
     def _answer(self) -> m.Message:
-        while (message := self._client.recv()) is None:
-            if not self._poller.poll(ANSWER_MS):
+        """As a runner reads what comes from below: poll, then the channel that is ready."""
+        while True:
+            ready = self._poller.poll(ANSWER_MS)
+            if not ready:
                 raise RuntimeError("no answer from the other process")
-        return message
+            for found in ready:
+                if found.channel is not None and (message := self._client.recv(found.channel)) is not None:
+                    return message
 
     def close(self) -> None:
         """End the other process."""
@@ -92,13 +97,9 @@ def run(setting: Setting) -> list[Figure]:
             far.close()
 
 
-def _against(
-    setting: Setting, far: Far, name: str, message: m.Save | m.Ping, share: float, most: float
-) -> Figure:
+def _against(setting: Setting, far: Far, name: str, message: m.Save | m.Ping, share: float, most: float) -> Figure:
     frames = [bytes(frame) for frame in m.encode(message)]
-    values, limits = setting.alternate(
-        name, lambda: far.round_trip(message), lambda: far.raw.round_trip(frames), RUNS
-    )
+    values, limits = setting.alternate(name, lambda: far.round_trip(message), lambda: far.raw.round_trip(frames), RUNS)
     values, limits = scaled(values, share * 1e6), scaled(limits, share * 1e6)
     return Figure.of(name, values, "µs", limits=limits, goal=Goal("ratio", "<=", most))
 

@@ -1,9 +1,9 @@
 """Loading 4096 tokens, 512 MiB, from DRAM: as a copy alone and end to end.
 
-    copy          Copier.scatter of shared memory into all pages: the kernel, without lmpipe around it
-    end to end    Producer.lookup and Producer.load, both: the index read, the holds, the copy by this process, the holds given
-                  back; the prompt was hashed before. A node with DRAM only runs beside it and is not asked anything
-    limit         one memcpy of the same 512 MiB, from shared memory to the same pages, with as many threads
+copy        Copier.scatter of shared memory into all pages: the kernel, without lmpipe around it
+end to end  Producer.lookup and Producer.load, both: the index read, the holds, the copy by this process, the holds
+            given back; the prompt was hashed before. A node with DRAM only runs beside it
+limit       one memcpy of the same 512 MiB, from shared memory to the same pages, with as many threads
 """
 
 from __future__ import annotations

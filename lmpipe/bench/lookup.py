@@ -1,10 +1,11 @@
 """Lookups with a full hit among a million rows: the time from token ids to held slots.
 
-    lookup        Producer.prompt and Producer.lookup of a prompt whose chunks all lie in DRAM. Every prompt is hashed anew, and one
-                  of two dozen others comes before it again. Holds are really taken; giving them back is not timed
-    hashing       the two native calls that make the keys, and nothing else: the limit
-    per second    one process: hash, look up, give back, one 4K prompt after the other
-    int64         the same 128K tokens as engines often have them, int64, checked and narrowed on the way: no goal
+    lookup      Producer.prompt and Producer.lookup of a prompt whose chunks all lie in DRAM. It is hashed anew each
+                time, and two dozen others take their turn before it comes again. Holds are really taken; giving them
+                back is not timed
+    hashing     the two native calls that make the keys, and nothing else: the limit
+    per second  one process: hash, look up, give back, one 4K prompt after the other
+    int64       the same 128K tokens as engines often have them, int64, checked and narrowed on the way: no goal
 
 Token ids are a uint32 array. Chunks have 256 tokens. No lmpipe process runs: a lookup asks none.
 """
@@ -66,11 +67,12 @@ def run(setting: Setting) -> list[Figure]:
 def _wait(producer: Producer, tokens: Tokens) -> None:
     deadline_s = time.monotonic() + ATTACH_S
     while time.monotonic() < deadline_s:
-        with producer.lookup(producer.prompt(tokens)) as found:
-            if found.tokens == len(tokens):
-                return
+        found = producer.lookup(producer.prompt(tokens))
+        found.release()
+        if found.tokens == len(tokens):
+            return
         time.sleep(0.05)
-    raise RuntimeError(f"the producer finds {found.tokens} of {len(tokens)} tokens: {producer.reason}")
+    raise RuntimeError(f"not all of {len(tokens)} tokens are found: {producer.reason}")
 
 
 def _timed(producer: Producer, tokens: npt.NDArray[np.integer]) -> float:
@@ -84,14 +86,14 @@ def _timed(producer: Producer, tokens: npt.NDArray[np.integer]) -> float:
     return took
 
 
-def _one_length(setting: Setting, producer: Producer, prompts: Sequence[Tokens], goal_ms: float) -> list[Figure]:
+def _one_length(setting: Setting, producer: Producer, prompts: list[Tokens], goal_ms: float) -> list[Figure]:
     turn, other = itertools.cycle(prompts), itertools.cycle(prompts[1:] + prompts[:1])
     namespace, root = producer.namespace, bytes(KEY_BYTES)
 
     def hashing() -> float:
         tokens = next(other)
         began = time.perf_counter()
-        content = native.blake3_many(tokens.view(np.uint8).data, CHUNK_TOKENS * 4)
+        content = native.blake3_many(tokens.data, CHUNK_TOKENS * 4)
         native.chain_keys(namespace, root, content)
         return time.perf_counter() - began
 

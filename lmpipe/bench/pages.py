@@ -1,7 +1,8 @@
-"""The bytes that saves and loads are measured with: paged KV of an 8B model, in private or in mapped memory, all of it touched.
+"""The bytes that saves and loads are measured with: paged KV of an 8B model, in private or in mapped memory.
 
-32 layers, 8 KV heads of 128, bf16, pages of 16 tokens: 32 KiB for each page and plane, 64 planes, 32 MiB for a chunk of 256
-tokens. Page ids are in random order. The scratch segment stands for the arena: tmpfs, prefaulted, as long as the transfer.
+32 layers, 8 KV heads of 128, bf16, pages of 16 tokens: 32 KiB for each page and plane, 64 planes, 32 MiB for a chunk of
+256 tokens. Page ids are in random order. The scratch segment stands for the arena: tmpfs, prefaulted, as long as the
+transfer.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Pages:
         flat = self.engine.memory.reshape(-1).view(np.uint64)
         # Written, not only read: an untouched page is the kernel's one page of zeros, which costs nothing to copy.
         flat[:] = np.random.default_rng(1).integers(0, 1 << 63, len(flat), np.uint64)
-        self.region = native.Region(self.engine.memory)
+        self.region = native.Region(self.engine.memory.data)
         self.scratch = Segment.create(directory / "scratch.shm", SegmentKind.PAGES, HEADER_BYTES + self.nbytes)
         self.offsets = HEADER_BYTES + np.arange(self.chunks, dtype=np.uint64) * np.uint64(self.chunk_bytes)
 

@@ -5,9 +5,9 @@ One shape for all of them:
     {"name": "save", "commit": "1b80d88", "machine": "2 x AMD EPYC, …",
      "figures": [{"name", "value", "unit", "limit", "ratio", "goal", "met", "runs"}, …]}
 
-`limit` is what was measured against, in the same run and unit; `ratio` is value / limit; `goal` is in words, about one of
-the two ("ratio >= 0.9", "value <= 0.5"), null where there is none; `met` is null where nothing is to be judged; `runs` is
-how many measurements the figure is the median of.
+`limit` is what was measured against, in the same run and unit; `ratio` is value / limit; `goal` is in words, about one
+of the two ("ratio >= 0.9", "value <= 0.5"), null where there is none; `met` is null where nothing is to be judged;
+`runs` is how many measurements the figure is the median of.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Report:
 
     @classmethod
     def of(cls, name: str, figures: Sequence[Figure], *, judged: bool = True) -> Report:
-        """A report of this machine and checkout. Not `judged`: goals are shown, but whether they are met is not said."""
+        """A report of this machine and checkout; not `judged`: whether goals are met is not said."""
         kept = list(figures) if judged else [replace(figure, met=None) for figure in figures]
         return cls(name, commit(), machine(), kept)
 

@@ -1,10 +1,10 @@
-"""Saving 4096 tokens, 512 MiB: as a copy alone and end to end; and what a save of 128K tokens costs the engine's thread.
+"""Saving 4096 tokens, 512 MiB: as a copy alone and end to end; and what a save of 128K tokens costs the engine.
 
-    copy          Copier.gather of all pages into shared memory: the kernel, without lmpipe around it
-    end to end    Producer.save until the ticket says saved: leases, copy, commit and index row, in a node with DRAM only. Private
-                  pages are copied by this process, mapped pages by gather
-    limit         one memcpy of the same 512 MiB, from the same pages to shared memory, with as many threads
-    engine thread the time until Producer.save returns, mapped pages, 512 chunks; the limit is one ipc send of so many bytes
+copy           Copier.gather of all pages into shared memory: the kernel, without lmpipe around it
+end to end     Producer.save until the ticket says saved: leases, copy, commit and index rows, in a node with DRAM
+               only. Private pages are copied by this process, mapped pages by gather
+limit          one memcpy of the same 512 MiB, from the same pages to shared memory, with as many threads
+engine thread  the time until Producer.save returns; see engine_thread.py
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
-"""Writes and cold reads of the SSD tier, 32 MiB chunks, against plain O_DIRECT calls of the same sizes in the same directory.
+"""Writes and cold reads of the SSD tier, 32 MiB chunks, against plain O_DIRECT calls of the same sizes, same directory.
 
-    write     SsdTier.write of four chunks and settle: checksums, record headers, bytes, the flush that the policy asks for, index rows.
-              New segment files are made, and old ones given up, as they fall due. The limit: four pwrites of 32 MiB into a file whose
-              space was taken before the clock started, and a fdatasync where the tier does one
-    read      SsdTier.read of four chunks one after the other: the header compared, every byte's checksum verified. The limit: four preads
-              of 32 MiB
+    write      SsdTier.write of four chunks and settle: checksums, record headers, bytes, the flush that the policy asks
+               for, index rows; new segment files are made and full ones sealed as they fall due. The limit: four
+               pwrites of 32 MiB into a file whose space was taken before, and a fdatasync where the tier does one
+    full tier  the same in a tier that is at its capacity: for each new file an old one is given up. No goal: the limit
+               removes nothing
+    cold read  SsdTier.read of four chunks, one after the other: the header compared, every byte's checksum verified.
+               The limit: four preads of 32 MiB
 
-Nothing is dropped from caches: O_DIRECT does not look into the page cache, so reads are cold by construction, as far as this machine
-goes; what a disk, or the host below a virtual one, keeps in its own memory serves both sides alike. The directory is `LMPIPE_BENCH_DIR`
-or the working directory's `out/`.
+Nothing is dropped from caches: O_DIRECT does not look into the page cache, so reads are cold by construction, as far as
+this machine goes; what a disk, or the host below a virtual one, keeps in its own memory serves both sides alike.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ from lmpipe.tiers.ssd import SsdTier
 GOAL = Goal("ratio", ">=", 0.9)
 CHUNKS = 4
 SEGMENT_CHUNKS = 8
-SEGMENTS = 5
+FULL_SEGMENTS = 4
+Flush = Literal["each", "none"]
+CASES: tuple[tuple[Flush, bool], ...] = (("each", False), ("none", False), ("none", True))
 
 
 class Raw:
@@ -88,9 +91,8 @@ class Raw:
 
 def run(setting: Setting) -> list[Figure]:
     """Write with and without flush, then read."""
-    parent = Path(os.environ.get("LMPIPE_BENCH_DIR", "out"))
-    parent.mkdir(parents=True, exist_ok=True)
-    directory = Path(tempfile.mkdtemp(prefix="bench-ssd-", dir=parent))
+    setting.disk.mkdir(parents=True, exist_ok=True)
+    directory = Path(tempfile.mkdtemp(prefix="bench-ssd-", dir=setting.disk))
     chunk_bytes = setting.size(32 << 20, 1 << 20)
     try:
         with shared_directory() as run_dir:
@@ -99,8 +101,9 @@ def run(setting: Setting) -> list[Figure]:
             node = NodeWords.create(RunDir(run_dir).node_shm)
             try:
                 return [
-                    *_measure(setting, run_dir, directory / "each", chunk_bytes, node, "each"),
-                    *_measure(setting, run_dir, directory / "none", chunk_bytes, node, "none"),
+                    figure
+                    for flush, full in CASES
+                    for figure in _measure(setting, run_dir, directory, chunk_bytes, node, flush, full=full)
                 ]
             finally:
                 node.close()
@@ -109,13 +112,16 @@ def run(setting: Setting) -> list[Figure]:
 
 
 def _measure(
-    setting: Setting, run_dir: Path, directory: Path, chunk_bytes: int, node: NodeWords, flush: Literal["each", "none"]
+    setting: Setting, run_dir: Path, parent: Path, chunk_bytes: int, node: NodeWords, flush: Flush, *, full: bool
 ) -> list[Figure]:
     index = IndexWriter(run_dir, Tier.SSD, 16 << 20, node)
+    directory = parent / f"{flush}-{'full' if full else 'roomy'}"
     segment_bytes = chunk_bytes * SEGMENT_CHUNKS
-    tier = SsdTier(directory, segment_bytes * SEGMENTS, flush, segment_bytes, index)
+    rounds = setting.runs + WARM_UPS
+    segments = FULL_SEGMENTS if full else CHUNKS * rounds // (SEGMENT_CHUNKS - 1) + 2
+    tier = SsdTier(directory, segment_bytes * segments, flush, segment_bytes, index)
     tier.recover()
-    raw = Raw(directory / "raw", chunk_bytes, CHUNKS * (setting.runs + WARM_UPS))
+    raw = Raw(directory / "raw", chunk_bytes, CHUNKS * rounds)
     try:
         if not (raw.direct and tier.direct):
             setting.say(f"{directory}: this file system has no O_DIRECT; reads come from the page cache")
@@ -136,11 +142,12 @@ def _measure(
             stored.append(written.records)
             return took
 
-        what = "write, flushed" if flush == "each" else "write, not flushed"
+        what = "write, full tier" if full else f"write, {'flushed' if flush == 'each' else 'not flushed'}"
         nbytes = CHUNKS * chunk_bytes
         values, limits = setting.alternate(what, write, lambda: raw.write(payloads, flush=flush == "each"))
-        figures = [Figure.of(what, rates(nbytes, values), "GB/s", limits=rates(nbytes, limits), goal=GOAL)]
-        if flush == "none":
+        goal = None if full else GOAL
+        figures = [Figure.of(what, rates(nbytes, values), "GB/s", limits=rates(nbytes, limits), goal=goal)]
+        if flush == "none" and not full:
             figures += _reads(setting, tier, raw, stored, payloads)
         return figures
     finally:

@@ -1,8 +1,8 @@
-"""A node's memory without its processes: a real arena, a real DRAM index of any size, and a note by which a producer maps them.
+"""A node's memory without its processes: a real arena, a real DRAM index, and the note by which a producer maps them.
 
-A lookup asks no process, so it can be measured without any. Rows of prompts have slots, committed and as small as slots can be;
-the other rows are there to make the index large: random keys in groups of 64 under one anchor, written in the order in which
-prompts come, that is, none.
+A lookup asks no process, so it can be measured without any. Rows of prompts have slots, committed and as small as slots
+can be; the other rows are there to make the index large: random keys in groups of 64 under one anchor, written in the
+order in which prompts come, that is, none.
 """
 
 from __future__ import annotations

@@ -39,6 +39,9 @@ def add(verbs: Subparsers) -> None:
     parser.add_argument("--json", action="store_true", help="print the figures as JSON; progress goes to stderr")
     parser.add_argument("--quick", action="store_true", help="tiny sizes; goals are not judged")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write NAME.json and NAME.png there")
+    parser.add_argument(
+        "--disk", type=Path, default=Path("out"), metavar="DIR", help="where the ssd benchmark writes (default: out)"
+    )
     parser.set_defaults(run=run)
 
 
@@ -48,12 +51,13 @@ def run(args: argparse.Namespace) -> int:
     as_json: bool = args.json
     quick: bool = args.quick
     out: Path | None = args.out
+    disk: Path = args.disk
     console = Console(stderr=as_json)
     if not console.is_terminal:
         console = Console(stderr=as_json, width=WIDTH)
     reports: list[Report] = []
     for name in names:
-        report = Report.of(name, measure(name, quick=quick, console=console), judged=not quick)
+        report = Report.of(name, measure(name, disk=disk, quick=quick, console=console), judged=not quick)
         reports.append(report)
         if not as_json:
             console.print(table(report))
@@ -71,9 +75,10 @@ def run(args: argparse.Namespace) -> int:
     return 1 if missed else 0
 
 
-def measure(name: str, *, quick: bool, console: Console) -> list[Figure]:
+def measure(name: str, *, disk: Path, quick: bool, console: Console) -> list[Figure]:
     """Run one benchmark, its progress on the console. Raises LmpipeError with the end of what it said when it fails."""
-    argv = [sys.executable, "-P", "-m", f"lmpipe.bench.{name}", *(["--quick"] if quick else [])]
+    argv = [sys.executable, "-P", "-m", f"lmpipe.bench.{name}", "--disk", str(disk)]
+    argv += ["--quick"] * quick
     last: deque[str] = deque(maxlen=12)
     with (
         Status(f"{name}: starting", console=console) as status,
