@@ -145,7 +145,7 @@ class Node:
         return pid
 
     def kill(self, process: str, number: signal.Signals = signal.SIGKILL) -> int:
-        """Signals a worker, the "supervisor", or "all" (the supervisor first, so that it restarts none); its pid."""
+        """Signals a worker, the "supervisor", or "all" (the supervisor first: it restarts none); its pid."""
         if process != "all":
             pid = self.pid(process)
             os.kill(pid, number)

@@ -6,6 +6,7 @@ import argparse
 import time
 
 import msgspec
+import rich.box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
@@ -22,6 +23,9 @@ lmpipe status local --watch   once a second, until Ctrl-C
 lmpipe status --counters      every counter of every process
 lmpipe status --json
 """
+WIDTH = 120
+"""Where the output goes to a file or a pipe."""
+
 COLOURS = {
     "ready": "green",
     "starting": "yellow",
@@ -54,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
                 seen = overview(node_of(args))
                 live.update(picture(seen, counters=args.counters), refresh=True)
     else:
-        Console().print(picture(seen, counters=args.counters))
+        console = Console()
+        console.print(picture(seen, counters=args.counters), width=None if console.is_terminal else WIDTH)
     return 0 if seen.state in ("ready", "starting") else 1
 
 
@@ -74,10 +79,10 @@ def picture(seen: Overview, *, counters: bool) -> RenderableType:
 
 
 def _table(*columns: str) -> Table:
-    table = Table(header_style="bold", title_justify="left")
+    table = Table(box=rich.box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
     for column in columns:
         left = column in ("process", "stages", "state", "tier", "engine", "last exit", "counter", "trouble")
-        table.add_column(column, justify="left" if left else "right", overflow="fold")
+        table.add_column(column, justify="left" if left else "right", no_wrap=column != "last exit")
     return table
 
 
@@ -100,7 +105,7 @@ def _tiers(seen: Overview) -> Table:
 
 def _engines(engines: list[EngineView]) -> Table:
     """Tokens looked up and found; chunks loaded from each tier, saved and dropped."""
-    table = _table("engine", "pid", "looked up", "hit", "dram", "ssd", "remote", "loaded", "saved", "dropped")
+    table = _table("engine", "pid", "tokens", "hit", "dram", "ssd", "remote", "loaded", "saved", "dropped")
     for e in engines:
         hit = f"{100 * e.hit_tokens / e.lookup_tokens:.0f} %" if e.lookup_tokens else ""
         tiers = [f"{e.hit_chunks[tier.value]:,}" for tier in Tier]

@@ -6,29 +6,18 @@ import contextlib
 import logging
 import os
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 from lmpipe.bus import Client, Server
 from lmpipe.child import READY_LINE
 from lmpipe.errors import NodeError
-from lmpipe.handles import Tier
-from lmpipe.index import IndexReader, IndexWriter
 from lmpipe.launch.claim import WorkerNote, lock_holder
+from lmpipe.launch.parts import Parts
 from lmpipe.metrics import worker_counters
 from lmpipe.shm.counters import Counters
-from lmpipe.shm.descriptor import SegmentKind
-from lmpipe.shm.hold import HoldScanner
-from lmpipe.shm.node import NodeWords
-from lmpipe.shm.segment import Segment
-from lmpipe.shm.session import Session, SessionDir
-from lmpipe.shm.slots import SlotOwner
+from lmpipe.shm.session import Session
 from lmpipe.spans import Spans
-from lmpipe.stages.base import Context, Stage
-from lmpipe.stages.gather import Gather
 from lmpipe.stages.runner import Runner
-from lmpipe.tiers.dram import DramTier
 from lmpipe.topology import NodeInfo, Topology
 
 DRAIN_S = 3.0
@@ -54,7 +43,7 @@ def run_worker(run_dir: Path, process: str, ready_fd: int | None) -> int:
         undo.callback(counters.close, unlink=False)
         spans = Spans(process, paths.trace(process) if topology.profile.trace else None)
         undo.callback(spans.close)
-        parts = Parts(info, undo)
+        parts = Parts(info, session, undo)
         cpus = next(p.cpus for p in topology.processes if p.name == process)
         runner = Runner(counters, spans, heartbeat_s=topology.heartbeat_ms / 1000, drain_s=DRAIN_S, cpus=cpus)
         seats = {
@@ -88,59 +77,6 @@ def _client_below(info: NodeInfo, stage: str) -> Client | None:
         return None
     ends = info.endpoints[below]
     return Client({"load": ends["load"], "save": ends["save"]})
-
-
-class Parts:
-    """What stages are made of: segments, indexes and tiers of this node, closed with `undo`."""
-
-    def __init__(self, info: NodeInfo, undo: contextlib.ExitStack) -> None:
-        self._info, self._undo = info, undo
-        self._topology, self._paths = info.topology, info.paths
-        self._sessions = SessionDir(info.paths.path)
-        self._node = NodeWords.attach(info.paths.node_shm)
-        undo.callback(self._node.close)
-
-    def stage(self, name: str, context: Context) -> Stage:
-        """The stage of that name on its seat."""
-        makers: dict[str, Callable[[Context], Stage]] = {"gather": self._gather}
-        return makers[name](context)
-
-    def _gather(self, context: Context) -> Stage:
-        topology, engines = self._topology, self._topology.engines
-        holds = HoldScanner(self._sessions)
-        self._undo.callback(holds.close)
-        index = self._index(Tier.DRAM)
-        dram = DramTier(self._arena(), index, holds, time.monotonic)
-        below = {tier: self._reader(tier) for tier in topology.tier_names if tier is not Tier.DRAM}
-        gather = Gather(
-            context,
-            dram,
-            below,
-            holds,
-            self._sessions,
-            chunk_tokens=topology.chunk_tokens,
-            leases=engines.leases,
-            max_producers=engines.max_producers,
-            copy_threads=topology.copy_threads,
-        )
-        index.publish()
-        return gather
-
-    def _arena(self) -> SlotOwner:
-        arena_id = bytes.fromhex(self._info.arena_id)
-        arena = SlotOwner(Segment.attach(self._paths.arena, SegmentKind.SLOTS, id=arena_id, prefault=True))
-        self._undo.callback(arena.close)
-        return arena
-
-    def _index(self, tier: Tier) -> IndexWriter:
-        index = IndexWriter(self._paths.path, tier, self._topology.index.map_bytes(tier), self._node)
-        self._undo.callback(index.close)
-        return index
-
-    def _reader(self, tier: Tier) -> IndexReader:
-        reader = IndexReader(self._paths.path, tier, self._topology.index.map_bytes(tier), self._node)
-        self._undo.callback(reader.close)
-        return reader
 
 
 def log_to_stderr(process: str) -> None:

@@ -1,0 +1,152 @@
+"""What the stages of one process are made of, and the making: the only file that knows every stage and every tier."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from lmpipe.codecs import CODECS, codec_named
+from lmpipe.handles import Tier
+from lmpipe.index import IndexReader, IndexWriter
+from lmpipe.shm.descriptor import SegmentKind
+from lmpipe.shm.hold import Holds, HoldScanner
+from lmpipe.shm.node import NodeWords
+from lmpipe.shm.segment import Segment
+from lmpipe.shm.session import Session, SessionDir
+from lmpipe.shm.slots import SlotOwner
+from lmpipe.shm.table import SlotTable
+from lmpipe.stages.base import Context, Stage
+from lmpipe.stages.compress import Compress
+from lmpipe.stages.gather import Gather
+from lmpipe.stages.landing import Landings
+from lmpipe.stages.persist import Persist
+from lmpipe.stages.replicate import Replicate
+from lmpipe.stages.transit import Ring, Sources
+from lmpipe.tiers.dram import DramTier
+from lmpipe.tiers.remote_object import RemoteTier, open_store
+from lmpipe.tiers.ssd import SsdTier
+from lmpipe.topology import NodeInfo
+from lmpipe.topology import SsdTier as SsdSettings
+
+
+class _Closable(Protocol):
+    def close(self) -> None: ...
+
+
+C = TypeVar("C", bound=_Closable)
+
+
+class Parts:
+    """Segments, holds, indexes and tiers of one process, each made when a stage first asks, closed with `undo`."""
+
+    def __init__(self, info: NodeInfo, session: Session, undo: contextlib.ExitStack) -> None:
+        self._info, self._session, self._undo = info, session, undo
+        self._topology, self._paths = info.topology, info.paths
+        self._sessions = SessionDir(info.paths.path)
+
+    def stage(self, name: str, context: Context) -> Stage:
+        """The stage of that name on its seat."""
+        makers: dict[str, Callable[[Context], Stage]] = {
+            "gather": self._gather,
+            "compress": self._compress,
+            "persist": self._persist,
+            "replicate": self._replicate,
+        }
+        return makers[name](context)
+
+    # Stages.
+
+    def _gather(self, context: Context) -> Stage:
+        topology, engines = self._topology, self._topology.engines
+        index = self._index(Tier.DRAM)
+        arena = self._owned(self._paths.arena, bytes.fromhex(self._info.arena_id), prefault=True)
+        gather = Gather(
+            context,
+            DramTier(arena, index, self._scanner, time.monotonic),
+            {tier: self._reader(tier) for tier in topology.tier_names if tier is not Tier.DRAM},
+            self._scanner,
+            self._sessions,
+            chunk_tokens=topology.chunk_tokens,
+            leases=engines.leases,
+            max_producers=engines.max_producers,
+            copy_threads=topology.copy_threads,
+        )
+        index.publish()
+        return gather
+
+    def _compress(self, context: Context) -> Stage:
+        below = [tier for tier in self._topology.tier_names if tier is not Tier.DRAM]
+        codec = codec_named(self._topology.codec)
+        return Compress(context, codec, CODECS, self._arena, self._ring("compress"), self._sources, below)
+
+    def _persist(self, context: Context) -> Stage:
+        settings = self._topology.tiers.ssd
+        assert settings is not None, "the topology places persist where there is an SSD tier"
+        tier = SsdTier(
+            Path(settings.directory), settings.capacity, settings.flush, settings.segment, self._index(Tier.SSD)
+        )
+        tier.recover()
+        return Persist(context, tier, self._sources, self._landings("persist"), _flush_interval_s(settings))
+
+    def _replicate(self, context: Context) -> Stage:
+        settings = self._topology.tiers.remote
+        assert settings is not None, "the topology places replicate where there is a remote tier"
+        store = open_store(settings.url, settings.timeout_ms / 1000)
+        tier = RemoteTier(store, settings.capacity, self._index(Tier.REMOTE))
+        return Replicate(context, tier, self._sources, self._landings("replicate"))
+
+    # Shared memory.
+
+    @cached_property
+    def _node(self) -> NodeWords:
+        return self._closing(NodeWords.attach(self._paths.node_shm))
+
+    @cached_property
+    def _scanner(self) -> HoldScanner:
+        return self._closing(HoldScanner(self._sessions))
+
+    @cached_property
+    def _arena(self) -> SlotTable:
+        """As one sees it that does not own it."""
+        return self._table(self._paths.arena)
+
+    @cached_property
+    def _sources(self) -> Sources:
+        tables = {"arena": self._arena}
+        for stage in self._topology.rings_needed:
+            tables[f"ring.{stage}"] = self._table(self._paths.ring(stage))
+        # One for all stages of the process: a table of holds has one owner.
+        return Sources(tables, self._closing(Holds(self._session)))
+
+    def _landings(self, stage: str) -> Landings:
+        ring = self._ring(stage) if stage in self._topology.rings_needed else None
+        return Landings(self._arena, ring, f"ring.{stage}", self._session.id, self._sessions.alive)
+
+    def _ring(self, stage: str) -> Ring:
+        return Ring(self._owned(self._paths.ring(stage)), self._session.id, self._scanner, self._sessions)
+
+    def _owned(self, path: Path, segment_id: bytes | None = None, *, prefault: bool = False) -> SlotOwner:
+        return self._closing(SlotOwner(Segment.attach(path, SegmentKind.SLOTS, id=segment_id, prefault=prefault)))
+
+    def _table(self, path: Path) -> SlotTable:
+        return self._closing(SlotTable(Segment.attach(path, SegmentKind.SLOTS)))
+
+    # Indexes.
+
+    def _index(self, tier: Tier) -> IndexWriter:
+        return self._closing(IndexWriter(self._paths.path, tier, self._topology.index.map_bytes(tier), self._node))
+
+    def _reader(self, tier: Tier) -> IndexReader:
+        return self._closing(IndexReader(self._paths.path, tier, self._topology.index.map_bytes(tier), self._node))
+
+    def _closing(self, part: C) -> C:
+        self._undo.callback(part.close)
+        return part
+
+
+def _flush_interval_s(settings: SsdSettings) -> float | None:
+    return settings.flush_interval_ms / 1000 if settings.flush == "interval" else None
