@@ -42,48 +42,47 @@ def run(args: argparse.Namespace) -> int:
     """Exit status 0 when every token was right and scrambled KV was not, else 1."""
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         raise LmpipeError(f"the demo needs {' and '.join(missing)}: pip install 'lmpipe[demo]'")
-    console = Console(stderr=args.json)
+    as_json: bool = args.json
+    console = Console(stderr=as_json, soft_wrap=True, highlight=False)
     work = Path(tempfile.mkdtemp(prefix="lmpipe-demo-"))
-    keep: bool = args.keep
+    keep = True
     try:
-        report = _run(Console(stderr=True) if args.json else console, work, quick=args.quick)
-        out: Path = args.out
-        out.mkdir(parents=True, exist_ok=True)
-        as_json, as_plot = report.write(out)
-        keep = keep or bool(report.problems)
-    except BaseException:
-        keep = True
-        raise
+        report = _run(console, work, quick=args.quick)
+        keep = args.keep or bool(report.problems)
     finally:
         if keep:
             console.print(f"kept: {work}")
         else:
             shutil.rmtree(work, ignore_errors=True)
-    if args.json:
+    out: Path = args.out
+    out.mkdir(parents=True, exist_ok=True)
+    table, plot = report.write(out)
+    if as_json:
         sys.stdout.buffer.write(orjson.dumps(report.to_json(), option=orjson.OPT_INDENT_2) + b"\n")
     console.print(report.table())
     _conclude(console, report)
-    console.print(f"table: {as_json}")
-    console.print(f"plot:  {as_plot}" if as_plot else "plot:  needs matplotlib (pip install 'lmpipe[plot]')")
+    console.print(f"table: {table}")
+    console.print(f"plot:  {plot}" if plot else "plot:  needs matplotlib (pip install 'lmpipe[plot]')")
     return 1 if report.problems else 0
 
 
 def _run(console: Console, work: Path, *, quick: bool) -> Report:
+    """A bar on a terminal, lines elsewhere."""
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description}"),
         BarColumn(24),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        TextColumn("{task.description}"),
     )
-    with Progress(*columns, console=console, transient=False) as progress:
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("starting")
 
         def say(words: str) -> None:
-            request = words.endswith(" tokens")
-            progress.update(task, description=words, advance=1 if request else 0)
-            if not console.is_terminal or not request:
-                progress.console.print(f"  {words}", highlight=False)
+            is_request = words.endswith(" tokens")
+            progress.update(task, description=words, advance=int(is_request))
+            if not (is_request and console.is_terminal):
+                progress.console.print(words)
 
         story = Story(work, quick=quick, say=say)
         progress.update(task, total=story.steps)
@@ -98,5 +97,4 @@ def _conclude(console: Console, report: Report) -> None:
     if not report.problems:
         console.print(
             f"every token equals the run without a cache; scrambled KV does not. {report.seconds:.0f} s in all.",
-            highlight=False,
         )

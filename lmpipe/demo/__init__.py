@@ -1,0 +1,1 @@
+"""The demonstration: a real workload through every tier, in real processes, checked token by token."""

@@ -1,0 +1,134 @@
+"""The parts of the demo: text, workload, model, engine process, report. The whole of it is `make demo`."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+
+from lmpipe.cli import demo as verb
+from lmpipe.cli import parser
+from lmpipe.demo import workload as wl
+from lmpipe.demo.client import Answer, EngineFailed, EngineProcess
+from lmpipe.demo.node import DemoNode
+from lmpipe.demo.report import Report, Row, Sample
+from lmpipe.demo.tokens import BEGIN, FIRST_BYTE, VOCABULARY, tokens_of
+from lmpipe.errors import LmpipeError
+
+TEXT = Path(wl.__file__).parent / "text"
+
+
+def answer(tokens: list[int], ttft_ms: float, tier: str = "") -> Answer:
+    hit = {tier: 256} if tier else {}
+    return Answer(tokens, 0.5, ttft_ms, ttft_ms + 10, sum(hit.values()), hit, 1 << 20 if tier else 0, "loaded")
+
+
+def sample(warm: list[int] | None = None, tier: str = "dram") -> Sample:
+    return Sample("a question", 300, answer([1, 2], 1000.0), answer(warm or [1, 2], 100.0, tier))
+
+
+def whole_report() -> Report:
+    rows = [Row("cold, without lmpipe", [sample(tier="")]), Row("DRAM", [sample(), sample()], "dram")]
+    return Report(rows, negative_control_differs=True, straight_control_equal=True)
+
+
+def test_text_is_small_and_each_file_is_accounted_for() -> None:
+    files = {path.name for path in TEXT.iterdir()} - {"README.md"}
+    assert sum(path.stat().st_size for path in TEXT.iterdir()) < 400_000
+    readme = (TEXT / "README.md").read_text()
+    assert all(f"`{name}`" in readme for name in files)
+    assert {f"{name}.txt" for name in (*wl.DOCUMENTS, "apache-license")} <= files
+
+
+def test_tokens_are_bytes() -> None:
+    assert tokens_of("aß") == [BEGIN, FIRST_BYTE + 97, FIRST_BYTE + 0xC3, FIRST_BYTE + 0x9F]
+    assert max(tokens_of(wl.text_of("standard-types"))) < VOCABULARY
+
+
+@pytest.mark.parametrize("size", [wl.FULL, wl.QUICK])
+def test_questions_share_their_document(size: wl.WorkloadSize) -> None:
+    requests = wl.document_requests(size)
+    assert len(requests) == size.documents * size.questions
+    assert sum(request.first for request in requests) == sum(request.last for request in requests) == size.documents
+    for one, other in itertools.pairwise(requests):
+        shared = one.tokens[: size.document_tokens] == other.tokens[: size.document_tokens]
+        assert shared == (not other.first)
+    assert all(len(request.tokens) > size.document_tokens for request in requests)
+
+
+def test_turns_grow_on_answers() -> None:
+    first = wl.turn_request(wl.FULL, 0, [])
+    history = [*first.tokens, 50, 51]
+    second = wl.turn_request(wl.FULL, 1, history)
+    assert first.first and not second.first
+    assert second.tokens[: len(history)] == history
+    assert BEGIN not in second.tokens[1:]
+    assert wl.turn_request(wl.FULL, wl.FULL.turns - 1, history).last
+
+
+def test_rows_add_up() -> None:
+    figures = whole_report().to_json()
+    row = figures["rows"][1]
+    assert (row["tier"], row["prompt_tokens"], row["hit_tokens"], row["bytes"]) == ("dram", 600, 512, 2 << 20)
+    assert (row["ttft_cold_ms"], row["ttft_warm_ms"], row["speed_up"], row["tokens_equal"]) == (1000, 100, 10, True)
+    assert figures["rows"][0]["tier"] == "none"
+    assert figures["negative_control_differs"] is True
+    assert figures["problems"] == []
+
+
+def test_every_problem_is_named() -> None:
+    report = whole_report()
+    report.rows += [Row("wrong", [sample([1, 3])]), Row("elsewhere", [sample(tier="ssd")], "dram")]
+    report.negative_control_differs = report.straight_control_equal = False
+    assert [problem.split(":")[0] for problem in report.problems] == [
+        "wrong",
+        "elsewhere",
+        "control",
+        "negative control",
+    ]
+
+
+def test_the_report_is_written(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    as_json, as_plot = whole_report().write(tmp_path)
+    assert json.loads(as_json.read_bytes())["rows"][1]["label"] == "DRAM"
+    assert as_plot is not None and as_plot.read_bytes().startswith(b"\x89PNG")
+    assert whole_report().table().row_count == 2
+
+
+def test_the_node_has_every_stage_and_tier(tmp_path: Path) -> None:
+    node = DemoNode(tmp_path)
+    topology = node.topology
+    node.close()
+    assert [process.stages for process in topology.processes] == [[stage] for stage in topology.stages]
+    assert [str(tier) for tier in topology.tier_names] == ["dram", "ssd", "remote"]
+    assert len(topology.stages) == 4
+    assert topology.tiers.ssd is not None and Path(topology.tiers.ssd.directory) == tmp_path / "ssd"
+
+
+def test_the_verb_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verb, "NEEDED", ("torch", "no_such_package"))
+    arguments = parser().parse_args(["demo", "--quick"])
+    with pytest.raises(LmpipeError, match="needs no_such_package"):
+        arguments.run(arguments)
+
+
+def test_an_engine_process(tmp_path: Path) -> None:
+    """It gives what the same model gives here, and dies loudly, with its log, of what it does not know."""
+    torch = pytest.importorskip("torch")
+    from lmpipe.demo import model as demo_model  # noqa: PLC0415  needs torch
+
+    prompt = tokens_of("What is the type of the value None?")
+    model = demo_model.build(demo_model.QUICK)
+    ids = torch.tensor([prompt])
+    right = model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False)[0, len(prompt) :].tolist()
+    with EngineProcess("quick", tmp_path / "engine.log") as engine:
+        assert engine.wait_started() > 0
+        got = engine.generate(prompt, 6)
+        assert got.tokens == right
+        assert 0 < got.ttft_ms < got.total_ms
+        assert got.margin > 0
+        with pytest.raises(EngineFailed, match="unknown op 'dance'"):
+            engine._ask({"op": "dance"}, 30.0)
