@@ -38,6 +38,7 @@ BATCH_KEYS = 64
 MAX_READERS = 1024
 _SHARD_AT = 24
 _SHARDS_AT = 26
+_FEW_KEYS = 4
 _RESERVE_PART = 16
 """One page in this many is kept back from `put`: LMDB copies pages before changing them, so deletes need some too."""
 
@@ -232,16 +233,20 @@ class IndexWriter:
             return True
 
     def delete(self, keys: Sequence[bytes]) -> int:
-        """Delete rows in one transaction; the number that were there.
+        """Delete rows; the number that were there.
 
-        With a map so full that not even this is possible (a stopped reader pins old pages), `tick` tries again. Till
-        then readers may find the rows, whose places no longer hold the chunk: the reader's own check makes that a miss.
+        One transaction, unless the map is so full that there is no room for the pages it would change: then several.
+        When not even those succeed (a stopped reader pins all old pages), `tick` tries again. Till then readers may
+        find the rows, whose places no longer hold the chunk: the reader's own check makes that a miss.
         """
         with self._lock:
             try:
                 with self.environment.begin(write=True) as transaction:
                     return sum(map(transaction.delete, keys))
             except lmdb.MapFullError:
+                if len(keys) > _FEW_KEYS:
+                    half = len(keys) // 2
+                    return self.delete(keys[:half]) + self.delete(keys[half:])
                 self._owed.update(keys)
                 return sum(self.get(key) is not None for key in keys)
 
