@@ -80,6 +80,11 @@ class RemoteTier:
         """Why the store is not asked at present; empty: it is."""
         return self._breaker.reason
 
+    @property
+    def rows(self) -> int:
+        """Rows of the index."""
+        return self._index.count()
+
     # ---- save ----
 
     def put(self, record: np.void, payload: memoryview) -> Stored:
@@ -214,7 +219,8 @@ class RemoteTier:
         return removed
 
     def tick(self) -> None:
-        """To be called every second or so: deletes what is owed."""
+        """To be called every second; looks after the index's readers, deletes what is owed. May block."""
+        self._index.tick()
         if self._owed:
             self._delete([])
 

@@ -87,6 +87,15 @@ class SsdTier:
         """Bytes of all segment files."""
         return sum(self._files.values())
 
+    @property
+    def rows(self) -> int:
+        """Rows of the index."""
+        return self._index.count()
+
+    def tick(self) -> None:
+        """To be called every second: looks after the index's readers."""
+        self._index.tick()
+
     # ---- save ----
 
     def write(self, records: ChunkRecords, payloads: Sequence[memoryview]) -> Stored:
