@@ -23,6 +23,7 @@ The annotations below are the format and its bounds; wire.py has the machinery.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from operator import attrgetter
@@ -47,16 +48,26 @@ MAX_FRAME_BYTES = max(MAX_HEADER_BYTES, MAX_CHUNKS * CHUNK.itemsize, MAX_PAGE_ID
 PageIds = npt.NDArray[np.int32]
 Places = npt.NDArray[np.uint64]
 
-# Positions, in 16-bit words, of the record fields that the code behind uses as they are.
-_SHARD, _SHARDS, _CODEC = 12, 13, 14
-_LAST_CODEC = np.uint16(max(Codec))
+# The record fields that the code behind uses as they are: shard, shards, codec.
+_NUMBERS = struct.Struct("<24xHHH42x")
+assert _NUMBERS.size == CHUNK.itemsize
+_LAST_CODEC = int(max(Codec))
+_FEW = 64
+"""Up to here a loop beats NumPy, by far when the caches are cold, as they are when a message arrives."""
 
 
 def _check_records(name: str, count: int, frame: Frame) -> None:
-    words = np.ndarray((count, CHUNK.itemsize // 2), "<u2", frame)
-    if np.count_nonzero(words[:, _SHARD] >= words[:, _SHARDS]):
+    if count <= _FEW:
+        numbers = list(_NUMBERS.iter_unpack(frame))
+        shards_right = all(shard < shards for shard, shards, _ in numbers)
+        codecs_right = all(codec <= _LAST_CODEC for _, _, codec in numbers)
+    else:
+        records = np.ndarray(count, CHUNK, frame)
+        shards_right = not np.count_nonzero(records["shard"] >= records["shards"])
+        codecs_right = not np.count_nonzero(records["codec"] > _LAST_CODEC)
+    if not shards_right:
         raise MessageError(f"{name}.shard", "is not below shards")
-    if np.count_nonzero(words[:, _CODEC] > _LAST_CODEC):
+    if not codecs_right:
         raise MessageError(f"{name}.codec", "is unknown")
 
 

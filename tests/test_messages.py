@@ -216,6 +216,16 @@ def test_what_does_not_fit_is_refused_by_field(case: str) -> None:
     assert caught.value.field.startswith(at_fault), caught.value
 
 
+@pytest.mark.parametrize("count", [64, 65])
+@pytest.mark.parametrize(("field", "value"), [("shard", 2), ("codec", 7)])
+def test_every_record_is_checked_however_many_there_are(count: int, field: str, value: int) -> None:
+    chunks = records(count)
+    assert decode(encode(m.Touch(ME, chunks))) == m.Touch(ME, chunks)
+    chunks[field][count - 1] = value
+    with pytest.raises(MessageError, match=f"chunks.{field}"):
+        decode(encode(m.Touch(ME, chunks)))
+
+
 def test_an_array_of_another_dtype_is_not_sent() -> None:
     with pytest.raises(MessageError, match="page_ids"):
         encode(m.Save(ME, 1, "pages", records(1), np.zeros((1, 2), np.int64), 0))  # type: ignore[arg-type]

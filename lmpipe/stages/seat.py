@@ -57,6 +57,7 @@ class Seat:
         self._session, self._id = session, session.id
         self._counters, self._spans, self._heartbeat_s = counters, spans, heartbeat_s
         self._ping_due_s = 0.0 if client else float("inf")
+        self._prompted = False
         self._missed = 0
         self._pingers: dict[Peer, None] = {}
         self._drainers: list[tuple[Peer, int]] = []
@@ -133,6 +134,7 @@ class Seat:
         self.reply(peer, self._pong(sent_ns))
         if self._ping_due_s - now_s < self._heartbeat_s / 2:
             self._ping_due_s = now_s
+            self._prompted = True
 
     def _pong(self, sent_ns: int) -> Pong:
         state = "draining" if self.draining else "ready"
@@ -146,7 +148,10 @@ class Seat:
             self._below({})
         self.client.send("load", Ping(self._id, time.monotonic_ns()))
         self._missed += 1
-        self._ping_due_s = now_s + (self._heartbeat_s if self.chain else min(self._heartbeat_s, SEARCH_S))
+        # Prompted by a ping from above, leave that one time to come again before this seat's own timer does.
+        beat_s = self._heartbeat_s * (1.25 if self._prompted else 1.0)
+        self._ping_due_s = now_s + (beat_s if self.chain else min(beat_s, SEARCH_S))
+        self._prompted = False
 
     def ponged(self, pong: Pong) -> None:
         """The stage below lives, and says what is below it."""
