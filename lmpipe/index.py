@@ -223,10 +223,8 @@ class IndexWriter:
             if not self._has_room():
                 return False
             try:
-                with self.environment.begin(write=True) as transaction:
-                    put = transaction.put
-                    for key, value in rows:
-                        put(key, value)
+                with self.environment.begin(write=True) as transaction, transaction.cursor() as cursor:
+                    cursor.putmulti(rows)
             except lmdb.MapFullError:
                 return False
             self._owed.difference_update(key for key, _ in rows)

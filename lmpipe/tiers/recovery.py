@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lmpipe.handles import CHUNK, ChunkRecords
-from lmpipe.index import INDEX_KEY_BYTES, RECORD_BYTES, IndexWriter, index_keys, merge_shard
+from lmpipe.index import RECORD_BYTES, IndexWriter, index_keys, merge_shard
 
 BATCH_ROWS = 8192
 
@@ -36,10 +36,11 @@ def newest(records: ChunkRecords) -> ChunkRecords:
     if not len(records):
         return records
     raw = np.ascontiguousarray(records).view(np.uint8).reshape(len(records), RECORD_BYTES)
-    # anchor ‖ key ‖ shard, big-endian. "S" compares bytes, and only strips zeros when an item is taken out.
-    names = np.concatenate((raw[:, 16:20], raw[:, :16], raw[:, [25, 24]]), axis=1)
-    order = np.argsort(names.view(f"S{INDEX_KEY_BYTES + 2}").reshape(-1), kind="stable")
-    ordered = names[order]
+    # anchor ‖ key ‖ shard as three big-endian words: they compare as the bytes do.
+    names = np.concatenate((raw[:, 16:20], raw[:, :16], raw[:, [25, 24]], np.zeros((len(raw), 2), np.uint8)), axis=1)
+    words = names.view(">u8").astype(np.uint64)
+    order = np.lexsort((words[:, 2], words[:, 1], words[:, 0]))
+    ordered = words[order]
     last = np.ones(len(order), bool)
     last[:-1] = (ordered[1:] != ordered[:-1]).any(axis=1)
     return records[order[last]]
@@ -47,14 +48,16 @@ def newest(records: ChunkRecords) -> ChunkRecords:
 
 def write_rows(index: IndexWriter, records: ChunkRecords) -> int:
     """Put rows, sorted as `newest` gives them, into an empty index; the number of records that found no room."""
-    rows: list[tuple[bytes, bytes]] = []
     raw = records.tobytes()
-    for place, key in enumerate(index_keys(records)):
-        record = raw[place * RECORD_BYTES : (place + 1) * RECORD_BYTES]
-        if rows and rows[-1][0] == key:
-            rows[-1] = key, merge_shard(rows[-1][1], record)
+    values = (raw[at : at + RECORD_BYTES] for at in range(0, len(raw), RECORD_BYTES))
+    rows: list[tuple[bytes, bytes]] = []
+    last = b""
+    for key, value in zip(index_keys(records), values, strict=True):
+        if key == last:
+            rows[-1] = key, merge_shard(rows[-1][1], value)
         else:
-            rows.append((key, record))
+            rows.append((key, value))
+            last = key
     lost = 0
     for at in range(0, len(rows), BATCH_ROWS):
         batch = rows[at : at + BATCH_ROWS]
