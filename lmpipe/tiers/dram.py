@@ -15,6 +15,7 @@ caller.
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -82,9 +83,9 @@ class DramTier:
         return self._clean.get(key) or self._dirty.get(key)
 
     def has(self, key: bytes, shard: int) -> bool:
-        """Whether this shard of the chunk is in DRAM."""
+        """Whether this shard of the chunk is in DRAM and still valid."""
         row = self.row(key)
-        return row is not None and shard in row.records
+        return row is not None and shard in row.records and not _has_expired(row.records[shard])
 
     def load_rows(self, slots: Iterable[int], doomed: Iterable[int] = ()) -> list[int]:
         """Rebuild rows from committed slots after a restart, oldest first, tails before heads. Returns the slots with
@@ -145,7 +146,10 @@ class DramTier:
         key, shard = index_key(record.tobytes()), int(record["shard"])
         row = self.row(key)
         if row is not None and shard in row.records:
-            return None
+            if not _has_expired(row.records[shard]):
+                return None
+            self._remove(key)
+            row = None
         self._tick += 1
         if row is None:
             row = Row(key, int(record["shards"]), self._tick, saver)
@@ -297,6 +301,12 @@ class DramTier:
                     if state is not SlotState.COMMITTED or index_key(self.arena.record(index).tobytes()) != row.key:
                         wrong.append(f"row {row.key.hex()} shard {shard}: slot {index} is {state.name}")
         return wrong
+
+
+def _has_expired(record: bytes) -> bool:
+    """Whether the time that its saver gave a chunk is over: lookups pass it by, so it must not stand in the way."""
+    expires_s = int(np.frombuffer(record, CHUNK)[0]["expires_at"])
+    return expires_s != 0 and expires_s <= time.time()
 
 
 def _first_record(row: Row) -> np.void:

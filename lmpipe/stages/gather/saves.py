@@ -206,7 +206,7 @@ class Saves:
 
 
 def _is_whole(engine: Engine, message: m.Save) -> bool:
-    """Whether the pages named fill the chunks promised: a slot that is copied in part would be served as a whole one."""
+    """Whether the pages named fill the chunks promised: a slot copied in part would be served as a whole one."""
     chunks, size = message.chunks, engine.chunk_bytes
     return message.page_ids.shape[1] == engine.chunk_pages and bool(
         np.all((chunks["nbytes"] == size) & (chunks["raw_bytes"] == size) & (chunks["codec"] == Codec.RAW))
