@@ -112,8 +112,10 @@ _PRODUCER = {
     "saves": "Saves",
     "save_chunks": "Chunks offered",
     "saved_chunks": "Chunks visible in DRAM",
+    "known_chunks": "Chunks that were there already",
     "save_dropped_chunks": "Chunks not taken",
     "persisted_chunks": "Chunks that a tier below took",
+    "refused_chunks": "Chunks that a tier below did not take",
     "evicted_chunks": "Chunks evicted",
     "unexpected_messages": "Messages that nobody here waits for",
 }

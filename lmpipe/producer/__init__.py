@@ -47,6 +47,8 @@ __all__ = ["Found", "LoadResult", "MappedPages", "Producer", "SaveTicket"]
 log = logging.getLogger("lmpipe.producer")
 
 MappedPages = m.PageSource
+CLOSE_S = 5.0
+
 _EMPTY = np.empty(0, np.uint8)
 
 
@@ -96,7 +98,7 @@ class Producer:
         self._root = Namespace(
             model, revision, layout.layout_id(), layout.dtype, 0, tenant, weights_epoch, rope, adapter, cache_salt
         )
-        self._shard, self._shards, self._pages, self._ttl_s = shard, shards, pages, ttl_s
+        self._shard, self._shards, self._pages = shard, shards, pages
         self._configured_chunk = chunk_tokens
         self._set_chunk(chunk_tokens or layout.effective_chunk_tokens(CHUNK_TOKENS))
         self._ids = itertools.count(int.from_bytes(os.urandom(4), "little") << 24 | 1)
@@ -107,7 +109,7 @@ class Producer:
             Path(run_dir), self._hello, self._on_message, self._on_ready, self._on_lost, self._accounts.publish
         )
         self._loader = Loader(self._link, copy_threads)
-        self._saver = Saver(self._link, self._leases, lambda: self._wanted, copy_threads)
+        self._saver = Saver(self._link, self._leases, lambda: self._wanted, copy_threads, ttl_s)
         self._closed = False
         if wait_s:
             self.wait_ready(wait_s)
@@ -190,12 +192,20 @@ class Producer:
         Returns:
             How many tokens, from the start of the prompt and without a gap, are now in the pages. Never raises for
             trouble in lmpipe.
+
+        Raises:
+            ValueError: page ids that are not this pool's, or not of this shape.
         """
         attachment = self._link.attachment
         if deadline_ms is None:
             deadline_ms = attachment.info.topology.engines.load_deadline_ms if attachment is not None else 0
         deadline_ns = time.monotonic_ns() + int(deadline_ms * 1e6)
-        records = found.records
+        try:
+            self._check(pool, page_ids, found.chunk_tokens, -1)
+        except ValueError:
+            found.release()
+            raise
+        records = found.records[: len(page_ids)]
         result = self._loader.load(next(self._ids), found, pool, page_ids, deadline_ns)
         self.admission.observe_load(result)
         self._accounts.count(loads=1, loaded_tokens=result.tokens, loaded_bytes=result.nbytes)
@@ -219,28 +229,41 @@ class Producer:
         page to somebody else.
 
         Raises:
-            ValueError: page ids of the wrong shape, or more chunks than the prompt has keys for.
+            ValueError: page ids that are not this pool's or not of this shape, or more chunks than the prompt has keys
+            for.
         """
         count = len(page_ids)
-        if count and page_ids.shape != (count, self.chunk_pages):
-            raise ValueError(f"page_ids must be (chunks, {self.chunk_pages}), got {page_ids.shape}")
         if first_chunk < 0 or first_chunk + count > len(prompt.keys):
             raise ValueError(
                 f"chunks [{first_chunk}, {first_chunk + count}) of a prompt with {len(prompt.keys)} whole chunks"
             )
         if pool is None and self._pages is None:
             raise ValueError("no pool given, and this producer was made without mapped pages")
-        ticket = SaveTicket(next(self._ids), count)
+        self._check(pool, page_ids, prompt.chunk_tokens, 0)
+        ticket = SaveTicket(next(self._ids), count, book=self._accounts.add)
         self._accounts.count(saves=1, save_chunks=count)
         if not count:
             ticket.count()
         elif prompt.tokens < self.admission.min_tokens:
-            self._accounts.count(save_dropped_chunks=self._saver.finish(ticket, "short prompt"))
+            self._saver.finish(ticket, "short prompt")
         elif self.state != "ready" or prompt.namespace != self.namespace:
-            self._accounts.count(save_dropped_chunks=self._saver.finish(ticket, "lmpipe absent"))
+            self._saver.finish(ticket, "lmpipe absent")
         else:
             self._saver.put(ticket, prompt, first_chunk, pool, page_ids)
         return ticket
+
+    def _check(self, pool: native.PagePool | None, page_ids: PageIds, chunk_tokens: int, lowest: int) -> None:
+        """Refuse, on the caller's thread, what no copy may be made with."""
+        if not len(page_ids):
+            return
+        pages = self.layout.chunk_pages(chunk_tokens)
+        if page_ids.shape != (len(page_ids), pages) or page_ids.dtype != np.int32:
+            raise ValueError(f"page_ids must be int32 (chunks, {pages}), got {page_ids.dtype} {page_ids.shape}")
+        most = pool.pages if pool is not None else self._pages.pages if self._pages is not None else 0
+        if page_ids.min() < lowest or page_ids.max() >= most:
+            raise ValueError(f"page ids from {page_ids.min()} to {page_ids.max()}, the pool has {most} pages")
+        if pool is not None and pool.bytes_per_page * pages != self.layout.chunk_bytes(chunk_tokens):
+            raise ValueError(f"a pool of {pool.bytes_per_page} bytes for each page is not of this producer's layout")
 
     # The rest of the verbs.
 
@@ -253,7 +276,7 @@ class Producer:
     def cancel(self, ticket: SaveTicket) -> None:
         """Stop a save: what is not committed yet is discarded."""
         ticket.revoke()
-        self._accounts.count(save_dropped_chunks=self._saver.finish(ticket, "cancelled"))
+        self._saver.finish(ticket, "cancelled")
 
     def touch(self, prompt: Prompt) -> None:
         """Mark a prompt's chunks as just used."""
@@ -306,10 +329,13 @@ class Producer:
             attachment.leave()
 
     def close(self) -> None:
-        """End the session: queued saves are finished, leases and holds go back, the maps are dropped."""
+        """End the session: queued saves are given a few seconds to finish, leases and holds go back, the maps are
+        dropped.
+        """
         if self._closed:
             return
         self._closed = True
+        self.flush(timeout_s=CLOSE_S)
         self._saver.close()
         self._link.close(None)
         self._accounts.close()
@@ -373,7 +399,10 @@ class Producer:
                 self._answered(message.save_id, len(message.chunks), "")
                 self._accounts.emit("saved", message.chunks)
             case m.SaveDropped():
-                self._answered(message.save_id, len(message.chunks), message.reason)
+                if message.tier is Tier.DRAM:
+                    self._answered(message.save_id, len(message.chunks), message.reason)
+                else:
+                    self._accounts.count(refused_chunks=len(message.chunks))
                 self._accounts.emit("failed", message.chunks)
             case m.Persisted():
                 self._accounts.count(persisted_chunks=len(message.chunks))
@@ -387,16 +416,12 @@ class Producer:
                 log.warning("gather refused a %s: %s", message.about, message.reason)
                 ticket = self._saver.tickets.get(message.ref)
                 if ticket is not None:
-                    self._accounts.count(save_dropped_chunks=self._saver.finish(ticket, f"refused: {message.reason}"))
+                    self._saver.finish(ticket, f"refused: {message.reason}")
             case _:
                 self._accounts.count(unexpected_messages=1)
 
     def _answered(self, save_id: int, chunks: int, reason: str) -> None:
         ticket = self._saver.tickets.get(save_id)
-        if reason:
-            self._accounts.count(save_dropped_chunks=chunks)
-        else:
-            self._accounts.count(saved_chunks=chunks)
         if ticket is not None:
             ticket.count(saved=0 if reason else chunks, dropped=chunks if reason else 0, reason=reason)
             if ticket.done:

@@ -10,6 +10,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 
+from lmpipe.errors import LmpipeError
 from lmpipe.handles import ChunkRecords
 from lmpipe.metrics import PRODUCER_COUNTERS
 from lmpipe.producer.attachment import Attachment
@@ -49,6 +50,11 @@ class Accounts:
             except Exception:
                 log.exception("a callback on %s raised", event)
 
+    def add(self, name: str, amount: int) -> None:
+        """Add to one counter."""
+        with self._lock:
+            self._counts[name] += amount
+
     def count(self, **amounts: int) -> None:
         """Add to counters."""
         with self._lock:
@@ -67,7 +73,11 @@ class Accounts:
         path = attachment.info.paths.counters_of(f"{self._name}.{session & 0xFFFF:04x}", os.getpid())
         if self._published is None or self._published.segment.path != path:
             self.close()
-            self._published = Counters.create(path, PRODUCER_COUNTERS)
+            try:
+                self._published = Counters.create(path, PRODUCER_COUNTERS)
+            except LmpipeError as error:  # no room, or the node is on its way out: figures are not worth an engine
+                log.debug("no counters for now: %s", error)
+                return
         for name, value in self.snapshot().items():
             self._published.set(name, value)
 

@@ -43,6 +43,7 @@ class LeasePool:
     def __init__(self) -> None:
         self._free: deque[Slot] = deque()
         self._in_use: set[Slot] = set()
+        self._closed = False
         self._changed = threading.Condition()
 
     def give(self, slots: Iterable[Slot]) -> None:
@@ -60,10 +61,23 @@ class LeasePool:
     def take(self, most: int, timeout_s: float) -> list[Slot]:
         """One to `most` leases; empty when none came in time."""
         with self._changed:
-            self._changed.wait_for(lambda: bool(self._free), timeout_s)
+            self._changed.wait_for(lambda: self._free or self._closed, timeout_s)
             taken = [self._free.popleft() for _ in range(min(most, len(self._free)))]
             self._in_use.update(taken)
             return taken
+
+    def put_back(self, slots: Iterable[Slot]) -> None:
+        """These were not used after all; those that are stale by now are found out when they are opened."""
+        with self._changed:
+            slots = list(slots)
+            self._in_use.difference_update(slots)
+            self._free.extendleft(reversed(slots))
+
+    def close(self) -> None:
+        """Nobody waits for leases any more."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
 
     def done(self, slots: Iterable[Slot]) -> None:
         """These went to gather, or are lost."""
@@ -162,6 +176,7 @@ class Link:
         finally:
             self._set_state("absent", "closed")
             self._fail_all()
+            self._on_lost("closed")
             self._close_client()
             self._wakeup.close()
             if self.attachment is not None:

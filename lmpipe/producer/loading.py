@@ -91,6 +91,11 @@ class Loader:
         if len(below):
             ask = m.Load(attachment.session.id, load_id, records, "arena", deadline_ns)
             answers = self._link.request(load_id, "load", ask)
+            # Asked after the request is entered: a node that is lost from here on says so in the queue, and slots of
+            # another node's arena are never taken for this one's.
+            if self._link.attachment is not attachment:
+                arrivals.failed.add("lmpipe was started anew")
+                answers = None
         if found.holds is not None:
             held = found.dram[found.dram < count]
             self._scatter(attachment, found.records[held], pool, page_ids[held])

@@ -62,10 +62,13 @@ class SaveTicket:
     saved: int = 0
     known: int = 0
     dropped: dict[str, int] = field(default_factory=dict[str, int])
+    book: Callable[[str, int], None] = lambda _, __: None
+    """Told of every chunk's end, by the name of its counter."""
     _done: threading.Event = field(default_factory=threading.Event)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _grant: Grant | None = None
     _revoked: bool = False
+    _reading: bool = False
 
     @property
     def done(self) -> bool:
@@ -86,37 +89,58 @@ class SaveTicket:
                 self._grant.revoke()
 
     def granted(self, grant: Grant) -> bool:
-        """Attach the grant word; False when the save was revoked before."""
+        """Attach the grant word; False when the save was revoked or ended before."""
         with self._lock:
-            if not self._revoked:
+            wanted = not self._revoked and not self._done.is_set()
+            if wanted:
                 self._grant = grant
-            return not self._revoked
+            return wanted
+
+    def start_reading(self) -> bool:
+        """The engine's pages are about to be read here; False: the save is over, and they may have changed."""
+        with self._lock:
+            self._reading = not self._done.is_set()
+            return self._reading
+
+    def stop_reading(self, *, last: bool) -> None:
+        """The reading is done; `last`: there will be no more. `copied` is never set in between, however a save ends."""
+        with self._lock:
+            self._reading = False
+            if last or self._done.is_set():
+                self.copied.set()
 
     def count(self, *, saved: int = 0, known: int = 0, dropped: int = 0, reason: str = "") -> None:
-        """Book chunks; the last one ends the save."""
+        """Book chunks; the last one ends the save, and what comes after it is not booked."""
         with self._lock:
-            self.saved += saved
-            self.known += known
-            if dropped:
-                self.dropped[reason] = self.dropped.get(reason, 0) + dropped
-            if self.open_chunks() > 0:
-                return
-            grant, self._grant = self._grant, None
+            self._count(saved, known, dropped, reason)
+
+    def _count(self, saved: int, known: int, dropped: int, reason: str) -> None:
+        if self._done.is_set():
+            return
+        self.saved += saved
+        self.known += known
+        if dropped:
+            self.dropped[reason] = self.dropped.get(reason, 0) + dropped
+        for name, chunks in (("saved_chunks", saved), ("known_chunks", known), ("save_dropped_chunks", dropped)):
+            if chunks:
+                self.book(name, chunks)
+        if self.open_chunks() > 0:
+            return
+        grant, self._grant = self._grant, None
         if grant is not None:
             grant.release()
-        self.copied.set()
+        if not self._reading:
+            self.copied.set()
         self._done.set()
 
     def open_chunks(self) -> int:
         """Chunks without an answer."""
         return self.chunks - self.saved - self.known - sum(self.dropped.values())
 
-    def drop_rest(self, reason: str) -> int:
-        """Book whatever is open as dropped. Returns how many."""
-        rest = self.open_chunks()
-        if rest > 0:
-            self.count(dropped=rest, reason=reason)
-        return max(rest, 0)
+    def drop_rest(self, reason: str) -> None:
+        """Book whatever is open as dropped."""
+        with self._lock:
+            self._count(0, 0, self.open_chunks(), reason)
 
 
 @dataclass(slots=True)
@@ -132,8 +156,10 @@ class _Job:
 class Saver:
     """The save queue of one producer, and its thread. Bounded: a full queue drops the save and says so."""
 
-    def __init__(self, link: Link, leases: LeasePool, wanted: Callable[[], Wanted], copy_threads: int) -> None:
-        self._link, self._leases, self._wanted = link, leases, wanted
+    def __init__(
+        self, link: Link, leases: LeasePool, wanted: Callable[[], Wanted], copy_threads: int, ttl_s: int
+    ) -> None:
+        self._link, self._leases, self._wanted, self._ttl_s = link, leases, wanted, ttl_s
         self._copier = native.Copier(copy_threads)
         self._jobs: queue.Queue[_Job | None] = queue.Queue(QUEUED_SAVES)
         self.tickets: dict[int, SaveTicket] = {}
@@ -145,18 +171,19 @@ class Saver:
     ) -> None:
         """Queue a save. Called on the engine's thread: no copy, no socket, no index read."""
         view = Prompt(prompt.namespace, prompt.chunk_tokens, prompt.tokens, prompt.keys, prompt.index_keys)
-        job = _Job(ticket, view, chunk_records(prompt, first, ticket.chunks, self._wanted()), first, pool, page_ids)
+        records = chunk_records(prompt, first, ticket.chunks, self._wanted(), self._ttl_s)
+        # The ids are copied: an engine's block table goes on changing.
+        job = _Job(ticket, view, records, first, pool, np.array(page_ids, np.int32, order="C"))
         self.tickets[ticket.save_id] = ticket
         try:
             self._jobs.put_nowait(job)
         except queue.Full:
             self.finish(ticket, "save queue full")
 
-    def finish(self, ticket: SaveTicket, reason: str) -> int:
+    def finish(self, ticket: SaveTicket, reason: str) -> None:
         """End a save that gets no more answers."""
-        dropped = ticket.drop_rest(reason)
+        ticket.drop_rest(reason)
         self.tickets.pop(ticket.save_id, None)
-        return dropped
 
     def lost(self, reason: str) -> None:
         """Gather is gone: nothing that is open will be answered."""
@@ -165,7 +192,8 @@ class Saver:
             self.finish(ticket, reason)
 
     def close(self) -> None:
-        """End the thread after what is queued."""
+        """End the thread after what is queued; for more leases it waits no longer."""
+        self._leases.close()
         self._jobs.put(None)
         self._thread.join()
 
@@ -205,30 +233,38 @@ class Saver:
             self.finish(ticket, "gather busy")
 
     def _copy(self, attachment: Attachment, job: _Job, pool: native.PagePool, known: int) -> None:
-        ticket, arena, session = job.ticket, attachment.arena, attachment.session.id
-        at = known
+        ticket, at = job.ticket, known
         while at < ticket.chunks and not ticket.done:
             slots = self._leases.take(min(GROUP_CHUNKS, ticket.chunks - at), LEASE_WAIT_S)
             if not slots:
                 self.finish(ticket, "no room in time")
                 return
-            opened = [slot for slot in slots if self._open(attachment, slot)]
-            count = len(opened)
-            if count:
-                offsets = np.array([arena.offset(slot.index) for slot in opened], np.uint64)
-                records = job.records[at : at + count].copy()
-                records["place"] = [slot.place for slot in opened]
-                self._copier.gather(pool, job.page_ids[at : at + count], arena.region, offsets)
-                for slot, record in zip(opened, records, strict=True):
-                    arena.set_record(slot.index, record)
-                    arena.advance(slot, SlotEvent.CLOSE)
-                at += count
-                if at == ticket.chunks:
-                    ticket.copied.set()
-                if not self._link.post("save", m.Save(session, ticket.save_id, "arena", records, _NO_PAGES, -1)):
-                    ticket.count(dropped=count, reason="gather busy")
+            if not ticket.start_reading():  # cancelled, or lost with the node that lent the slots
+                self._leases.put_back(slots)
+                return
+            records = self._fill(attachment, job, pool, at, slots)
+            at += len(records)
+            ticket.stop_reading(last=at == ticket.chunks)
+            message = m.Save(attachment.session.id, ticket.save_id, "arena", records, _NO_PAGES, -1)
+            if len(records) and not self._link.post("save", message):
+                ticket.count(dropped=len(records), reason="gather busy")
             self._leases.done(slots)
-        ticket.copied.set()
+
+    def _fill(
+        self, attachment: Attachment, job: _Job, pool: native.PagePool, at: int, slots: list[Slot]
+    ) -> ChunkRecords:
+        """Copy chunks from `at` on into those of the slots that are still ours; their records."""
+        arena = attachment.arena
+        opened = [slot for slot in slots if self._open(attachment, slot)]
+        last = at + len(opened)
+        records = job.records[at:last].copy()
+        records["place"] = [slot.place for slot in opened]
+        offsets = np.array([arena.offset(slot.index) for slot in opened], np.uint64)
+        self._copier.gather(pool, job.page_ids[at:last], arena.region, offsets)
+        for slot, record in zip(opened, records, strict=True):
+            arena.set_record(slot.index, record)
+            arena.advance(slot, SlotEvent.CLOSE)
+        return records
 
     def _open(self, attachment: Attachment, slot: Slot) -> bool:
         """The lease must be ours and large enough: anything else is stale and is left alone."""

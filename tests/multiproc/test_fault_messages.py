@@ -78,9 +78,7 @@ def frames(message: m.Message) -> list[bytes]:
 
 def hello(session: SessionId, **changes: Any) -> m.Register:
     layout = asdict(LAYOUT)
-    return replace(
-        m.Register(session, [1], "producer", "stranger", 1, layout, 16, 0, 1, "ab" * 32, 8, None), **changes
-    )
+    return replace(m.Register(session, [1], "producer", "stranger", 1, layout, 16, 0, 1, "ab" * 32, 8, None), **changes)
 
 
 def some_chunks(count: int = 3) -> np.ndarray[Any, Any]:
