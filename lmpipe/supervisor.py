@@ -62,7 +62,9 @@ class ProcessState(msgspec.Struct, frozen=True):
 
 
 class NodeState(msgspec.Struct, frozen=True):
-    """The supervisor's own state file. `state`: starting, ready, degraded, draining, stopping."""
+    """The supervisor's own state file. `state`: starting; ready; recovering (a process is being started again);
+    degraded (one stays down); draining; stopping.
+    """
 
     pid: int
     state: str
@@ -125,7 +127,7 @@ class Supervisor:
                 self._watch()
                 if self._phase == "starting" and all(child.state in _SETTLED for child in self.children):
                     self._ping_due_s = self._last_tick_s = time.monotonic()
-                    self._set_phase("degraded" if self._any_down() else "ready")
+                    self._set_phase("ready")
                     on_ready()
         finally:
             self._stop()
@@ -179,16 +181,16 @@ class Supervisor:
         child.restarts += 1
         try:
             child.spawn(now_s, time.time())
-            self._report(f"{child.name}: started again, pid {child.pid}")
             self._publish()
+            self._report(f"{child.name}: started again, pid {child.pid}")
         except OSError as error:  # no process or no memory to be had now: counts as a death
             self._mourn(child, f"could not be started: {error.strerror}", now_s)
 
     def _hear_ready(self) -> None:
         for child in self.children:
             if child.ready_fd >= 0 and child.read_ready(time.monotonic()):
-                self._report(f"{child.name}: ready, pid {child.pid}")
                 self._publish()
+                self._report(f"{child.name}: ready, pid {child.pid}")
 
     def _ping(self, now_s: float) -> None:
         # After a gap much longer than the interval it was this process that did not run.
@@ -220,20 +222,15 @@ class Supervisor:
             deaths.popleft()
         if len(deaths) > self._policy.budget:
             child.state = ChildState.DOWN
-            self._report(
-                f"{child.name}: {reason}; died {len(deaths)} times in {self._policy.window_s:g} s and stays down"
-            )
-            self._set_phase(self._phase if self._phase == "starting" else "degraded")
+            next_step = f"died {len(deaths)} times in {self._policy.window_s:g} s and stays down"
         else:
             child.state = ChildState.WAITING
-            self._report(f"{child.name}: {reason}; starting it again in {self._backoff_s(child):g} s")
-            self._publish()
+            next_step = f"starting it again in {self._backoff_s(child):g} s"
+        self._publish()
+        self._report(f"{child.name}: {reason}; {next_step}")
 
     def _is_first_start(self, child: Child) -> bool:
         return self._phase == "starting" and child.state is ChildState.STARTING and not child.restarts
-
-    def _any_down(self) -> bool:
-        return any(child.state is ChildState.DOWN for child in self.children)
 
     def _bury(self, child: Child) -> str:
         pid = child.pid
@@ -271,8 +268,15 @@ class Supervisor:
         self._phase = phase
         self._publish()
 
+    def _state(self) -> str:
+        if self._phase != "ready" or all(child.state is ChildState.READY for child in self.children):
+            return self._phase
+        return "degraded" if any(child.state is ChildState.DOWN for child in self.children) else "recovering"
+
     def _publish(self) -> None:
         processes = [ProcessState(c.name, c.state, c.pid, c.restarts, c.started, c.last_exit) for c in self.children]
-        write_atomically(
-            self._state_path, msgspec.json.encode(NodeState(os.getpid(), self._phase, self._started, processes))
-        )
+        state = NodeState(os.getpid(), self._state(), self._started, processes)
+        try:
+            write_atomically(self._state_path, msgspec.json.encode(state))
+        except OSError as error:  # a full tmpfs must not end the node
+            self._report(f"{self._state_path}: {error.strerror}")

@@ -119,18 +119,22 @@ def test_starts_serves_and_stops_in_order(stand: Stand) -> None:
 def test_restarts_what_was_killed(stand: Stand) -> None:
     supervisor = stand.supervisor({"a": STAY, "b": STAY})
     first: list[int] = []
+    states: list[str] = []
 
     def ready() -> None:
         first.append(supervisor.children[0].pid)
         os.kill(first[0], signal.SIGKILL)
 
     def line(text: str) -> None:
+        if text.startswith("a: started again"):
+            states.append(stand.state.state)
         if text.startswith("a: ready") and first:
             first.append(supervisor.children[0].pid)
             end()
 
     stand.on_line = line
     supervisor.run(ready)
+    assert states == ["recovering"]
     assert first[0] != first[1]
     assert stand.buried[0] == ("a", first[0])
     assert stand.said("a: killed by SIGKILL; starting it again")
@@ -232,6 +236,13 @@ def test_a_second_signal_hurries_the_drain(stand: Stand) -> None:
     stand.talk.each_drain = end
     stand.supervisor({"a": STAY}).run(end)
     assert stand.talk.hurried
+
+
+def test_a_state_that_cannot_be_written_ends_nothing(stand: Stand) -> None:
+    stand.state_path = stand.tmp / "no such directory" / "supervisor.json"
+    stand.supervisor({"a": STAY}).run(end)
+    assert stand.said("No such file or directory")
+    assert stand.said("a: stopped, exit status 0")
 
 
 def test_state_file_that_is_no_state(tmp_path: Path) -> None:

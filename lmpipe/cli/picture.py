@@ -12,7 +12,6 @@ ARROW_DOWN, ARROW_BACK = "───▶", "◀───"
 def draw(topology: Topology) -> str:
     """The picture, in plain box characters, without a line end after the last line."""
     stages = [_stage_box(topology, stage) for stage in topology.stages]
-    rows: list[str] = []
     processes = _runs(topology)
     height = max(len(box) for box in stages)
     stages = [_pad(box, height) for box in stages]
@@ -26,9 +25,8 @@ def draw(topology: Topology) -> str:
     titles = [""] + [_title(process, members) for process, members in processes]
     framed = [_frame(box, title) if title else ["", *box, ""] for box, title in zip(boxes, titles, strict=True)]
     framed = [_pad(box, max(map(len, framed))) for box in framed]
-    rows.extend(line.rstrip() for line in _beside(framed))
-    rows.extend(["", *_tiers(topology)])
-    return "\n".join(rows)
+    rows = "\n".join(line.rstrip() for line in _beside(framed)).rstrip()
+    return "\n".join([rows, "", *_tiers(topology)])
 
 
 def size(nbytes: int) -> str:

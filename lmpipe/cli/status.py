@@ -47,7 +47,7 @@ def add(verbs: Subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit status 0 when every process is up, 1 when the node is degraded or its supervisor dead."""
+    """Exit status 0 when every process is up, else 1."""
     seen = overview(node_of(args))
     if args.json:
         print(msgspec.json.format(msgspec.json.encode(seen)).decode())
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         console = Console()
         console.print(picture(seen, counters=args.counters), width=None if console.is_terminal else WIDTH)
-    return 0 if seen.state in ("ready", "starting") else 1
+    return 0 if seen.state == "ready" else 1
 
 
 def picture(seen: Overview, *, counters: bool) -> RenderableType:

@@ -97,7 +97,7 @@ class Claim:
         _end_all(paths, workers, report)
         for path in (paths.node_json, paths.keep_dram, *paths.ups.iterdir(), *paths.sockets.iterdir()):
             path.unlink(missing_ok=True)
-        for path in (*paths.path.glob("ring.*.shm"), *paths.logs.glob("*.log")):
+        for path in (*paths.path.glob("ring.*.shm"), *paths.logs.iterdir()):
             path.unlink()
         for directory in paths.index.iterdir():
             shutil.rmtree(directory, ignore_errors=True)
