@@ -24,6 +24,7 @@ LAYOUT = KVLayout.paged(1, 1, 8, "bfloat16", 16)
 SAVED_S = 30.0
 NODE = {
     "chunk_tokens": CHUNK_TOKENS,
+    "heartbeat_ms": 1000,
     "tiers": {"dram": {"capacity": "256MiB", "slots": 16384}, "ssd": None},
     "index": {"dram": "64MiB"},
 }

@@ -48,11 +48,12 @@ def label(pages: Pages, threads: int, what: str) -> str:
 
 
 def node_of(pages: Pages, threads: int) -> dict[str, Any]:
-    """A node with DRAM only: room for the transfer and a quarter more, copying with so many threads."""
-    room = max(pages.nbytes * 5 // 4, 64 << 20)
+    """A node with DRAM only: room for the transfer, for as much again that is leased ahead, and an eighth more."""
+    room = max(pages.nbytes * 17 // 8, 64 << 20)
     return {
         "chunk_tokens": 256,
         "copy_threads": threads,
+        "heartbeat_ms": 1000,
         "tiers": {"dram": {"capacity": room, "slots": None}, "ssd": None},
         "engines": {"leases": 16},
     }
