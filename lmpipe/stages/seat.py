@@ -57,6 +57,7 @@ class Seat:
         self._session, self._id = session, session.id
         self._counters, self._spans, self._heartbeat_s = counters, spans, heartbeat_s
         self._ping_due_s = 0.0 if client else float("inf")
+        self._beaten_s = 0.0
         self._prompted = False
         self._missed = 0
         self._pingers: dict[Peer, None] = {}
@@ -132,8 +133,11 @@ class Seat:
         if len(self._pingers) > MAX_PINGERS:
             del self._pingers[next(iter(self._pingers))]
         self.reply(peer, self._pong(sent_ns))
-        if self._ping_due_s - now_s < self._heartbeat_s / 2:
-            self._ping_due_s = now_s
+        if self.chain:
+            # Our beats come to lie on those from above: now, or else with the next one, but never half a beat late.
+            near = now_s - self._beaten_s > 0.75 * self._heartbeat_s
+            late_s = min(now_s + 1.25 * self._heartbeat_s, self._beaten_s + 1.5 * self._heartbeat_s)
+            self._ping_due_s = now_s if near else late_s
             self._prompted = True
 
     def _pong(self, sent_ns: int) -> Pong:
@@ -148,9 +152,9 @@ class Seat:
             self._below({})
         self.client.send("load", Ping(self._id, time.monotonic_ns()))
         self._missed += 1
-        # Prompted by a ping from above, leave that one time to come again before this seat's own timer does.
+        self._beaten_s = now_s
         beat_s = self._heartbeat_s * (1.25 if self._prompted else 1.0)
-        self._ping_due_s = now_s + (beat_s if self.chain else min(beat_s, SEARCH_S))
+        self._ping_due_s = now_s + (beat_s if self.chain else min(self._heartbeat_s, SEARCH_S))
         self._prompted = False
 
     def ponged(self, pong: Pong) -> None:

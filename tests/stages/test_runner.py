@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lmpipe.bus import Client, Server
+from lmpipe.bus import Channel, Client, Server
 from lmpipe.errors import LmpipeError, ProtocolViolation
 from lmpipe.handles import SessionId
 from lmpipe.messages import (
@@ -119,6 +119,10 @@ class Stand:
             pass
         return self.client.send("load", Ping(YOU, 1)) and self.client.send("save", Ping(YOU, 1))
 
+    def arrived(self, channel: Channel) -> None:
+        """Something lies in the stage's socket."""
+        assert self.seat.server.sockets[channel].poll(10_000)
+
     def answer(self) -> Message:
         found: list[Message] = []
 
@@ -182,16 +186,17 @@ def test_loads_come_before_saves_and_few_saves_a_turn(stand: Stand) -> None:
         assert stand.client.send("save", save(number))
     assert stand.client.send("load", Cancel(YOU, 1))
     stand.until(lambda: stand.stage.seen)
-    time.sleep(0.05)
+    stand.arrived("save")
     stand.runner.turn()
     assert stand.stage.seen == [Cancel(YOU, 1)]  # saves wait in the socket
     stand.stage.accepts = True
     assert stand.client.send("load", Cancel(YOU, 2))
-    time.sleep(0.05)
-    stand.runner.turn()
-    assert stand.stage.seen[1:] == [Cancel(YOU, 2), save(0), save(1)]
-    stand.runner.turn()
-    assert stand.stage.seen[4:] == [save(2), save(3)]
+    stand.arrived("load")
+    while len(stand.stage.seen) < 7:
+        before = len(stand.stage.seen)
+        stand.runner.turn(0.005)
+        assert len([message for message in stand.stage.seen[before:] if isinstance(message, Save)]) <= 2
+    assert stand.stage.seen[1:] == [Cancel(YOU, 2), *(save(number) for number in range(5))]
 
 
 def test_a_stage_that_fills_up_inside_a_turn_gets_no_more(stand: Stand) -> None:
@@ -201,8 +206,8 @@ def test_a_stage_that_fills_up_inside_a_turn_gets_no_more(stand: Stand) -> None:
     stand.stage.on = fill
     stand.send("save", save(1))
     assert stand.client.send("save", save(2))
-    time.sleep(0.05)
     stand.until(lambda: stand.stage.seen)
+    stand.arrived("save")
     stand.runner.turn()
     assert stand.stage.seen == [save(1)]
 
@@ -417,10 +422,9 @@ def test_drain_takes_what_is_there_then_says_so(stand: Stand) -> None:
     stand.stage.working = True
     stand.until(lambda: stand.client.send("save", save(1)))
     assert stand.client.send("save", save(2)) and stand.client.send("save", save(3))
-    time.sleep(0.05)
-    assert stand.client.send("load", Drain(YOU, 6))
-    stand.until(lambda: len(stand.stage.seen) == 3, "saves before the end")
-    stand.until(lambda: stand.seat.draining)
+    assert stand.client.send("save", Drain(YOU, 6))
+    stand.until(lambda: stand.seat.saves_over)
+    assert len(stand.stage.seen) == 3
     stand.send("load", Ping(YOU, 2))
     assert stand.answer() == Pong(stand.session.id, 2, "probe", [stand.session.id], "draining")
     assert stand.client.send("save", save(4))
