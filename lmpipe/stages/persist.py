@@ -32,6 +32,8 @@ T = TypeVar("T")
 WRITE_BYTES = 32 << 20
 QUEUE_CHUNKS = 256
 TICK_S = 1.0
+GRACE_S = 5.0
+"""So long chunks wait for a replicate that is starting; then what was meant for it is dropped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,8 @@ class Persist:
         self._recalls = Recalls(context, self._links, Tier.SSD)
         self._queue: deque[_Chunk | _Forget] = deque()
         self._unsettled: dict[int, np.void] = {}
+        self._orphans: list[ChunkRecords] = []
+        self._down_since_s = context.now_s()
         self._writing = False
         self._settle_at_s = 0.0
         self._tick_at_s = 0.0
@@ -112,6 +116,8 @@ class Persist:
         if self._context.has_down:
             if self._context.chain:
                 self._links.down("save", replace(message, session=self._session))
+            elif self._context.now_s() < self._down_since_s + GRACE_S:
+                self._orphans.append(message.chunks)
             else:
                 self._dropped(Tier.REMOTE, "replicate is down", message.chunks)
         self._queue.extend(_Chunk(message.segment, record) for record in message.chunks)
@@ -230,6 +236,10 @@ class Persist:
         return max(min(due_s), 0.0)
 
     def _tick(self) -> None:
+        if self._orphans and self._context.now_s() >= self._down_since_s + GRACE_S:
+            orphans, self._orphans = self._orphans, []
+            for chunks in orphans:
+                self._dropped(Tier.REMOTE, "replicate is down", chunks)
         self._tier.tick()
         self._landings.tick()
         self._context.gauge("rows", self._tier.rows)
@@ -240,7 +250,9 @@ class Persist:
         self._context.gauge("ring_capacity_bytes", self._landings.capacity_bytes)
 
     def below_changed(self, chain: dict[str, SessionId]) -> None:
-        """replicate is another one, or gone. Saves and loads it had are gather's to send again or to give up."""
+        """replicate is another one, or gone: gather sends its saves again, and ends its loads."""
+        self._down_since_s = self._context.now_s()
+        self._orphans.clear()
         self._links.forget_saves()
         self._recalls.below_changed()
         self._links.pump()
@@ -251,7 +263,7 @@ class Persist:
 
     def busy(self) -> bool:
         """Whether a chunk is not answered for."""
-        return bool(self._queue or self._writing or self._unsettled or self._reads.busy)
+        return bool(self._queue or self._orphans or self._writing or self._unsettled or self._reads.busy)
 
     def close(self) -> None:
         """Seal the open segment file."""
