@@ -119,7 +119,8 @@ class Engine:
         if producer is None:
             return {"done": False}
         end_s = time.monotonic() + timeout_s
-        done = all(
+        # First whatever is queued, then the chunks of each prompt.
+        done = producer.flush(timeout_s=timeout_s) and all(
             producer.flush(
                 producer.prompt(prompt),
                 timeout_s=max(end_s - time.monotonic(), 0.1),

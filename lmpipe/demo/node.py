@@ -4,10 +4,24 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
-from lmpipe.testing import Node
+from lmpipe.testing import Node, merged
 
-TOPOLOGY = Path(__file__).with_name("topology.yaml")
+TOPOLOGY = next(
+    path
+    for parent in Path(__file__).parents[1:3]  # installed, the topologies lie in the package; in a checkout beside it
+    if (path := parent / "topologies" / "local.yaml").exists()
+)
+SIZES: dict[str, Any] = {
+    "tiers": {
+        "dram": {"capacity": "512MiB"},
+        "ssd": {"capacity": "1GiB", "segment": "64MiB"},
+        "remote": {"capacity": "1GiB"},
+    },
+    "engines": {"load_deadline_ms": 20_000},
+}
+"""A temporary node on a small machine: tiers that hold the workload, and a deadline that outlasts two busy cores."""
 
 
 class DemoNode(Node):
@@ -15,8 +29,8 @@ class DemoNode(Node):
 
     def __init__(self, work: Path) -> None:
         self._ssd, remote = work / "ssd", work / "remote"
-        tiers = {"ssd": {"directory": str(self._ssd)}, "remote": {"url": f"file://{remote}"}}
-        super().__init__({"tiers": tiers}, base=TOPOLOGY)
+        places = {"tiers": {"ssd": {"directory": str(self._ssd)}, "remote": {"url": f"file://{remote}"}}}
+        super().__init__(merged(SIZES, places), base=TOPOLOGY)
 
     def kill_all(self) -> int:
         """SIGKILL to the supervisor and every worker; returns how many that were."""

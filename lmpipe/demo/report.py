@@ -134,7 +134,8 @@ class Report:
 
     def table(self) -> Table:
         """The table for a terminal."""
-        table = Table(title="time to first token, median of each row's requests", title_justify="left", box=None)
+        title = "time to first token, median of each row's requests"
+        table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
         for index, column in enumerate(COLUMNS):
             table.add_column(column, justify="left" if index < 2 else "right", no_wrap=True)
         for row in self.rows:
