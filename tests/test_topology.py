@@ -61,6 +61,14 @@ def test_stages_follow_the_tiers() -> None:
     assert encoded.process_of("persist").name == "persist"
 
 
+def test_directories_start_at_the_file() -> None:
+    text = "name: a\ntiers: {dram: {capacity: 1GiB}, remote: {url: 'file:../r', capacity: 1GiB}}\nrun_dir: n"
+    topology = parse(text)
+    assert topology.tiers.remote is not None
+    assert topology.tiers.remote.url == "file:///r"
+    assert topology.run_dir == "/base/n"
+
+
 @pytest.mark.parametrize(
     ("text", "nbytes"),
     [("4096B", 4096), ("64KiB", 65536), ("1.5GiB", 3 << 29), ("2GB", 2_000_000_000), ("1 TiB", 1 << 40)],
@@ -141,6 +149,7 @@ DRAM = "dram: {capacity: 1GiB}"
         (DRAM + ", ssd: {directory: d, capacity: 2GiB, codec: zst}", 'unknown codec "zst"; did you mean "zstd"?'),
         (DRAM + ", remote: {url: fil:///x, capacity: 1GiB}", 'is wanted; did you mean "file"?'),
         (DRAM + ", remote: {url: file://x, capacity: 1GiB}", "three slashes"),
+        (DRAM + ", remote: {url: 'file:', capacity: 1GiB}", "s3://bucket/prefix is wanted"),
         (
             DRAM + ", ssd: {directory: d, capacity: 2GiB}, remote: {url: s3://b, capacity: 1GiB, codec: zstd}",
             "tiers.remote.codec: must be that of tiers.ssd (raw)",
