@@ -11,6 +11,7 @@ since matrix products of another shape do: greedy tokens are equal wherever two 
 from __future__ import annotations
 
 import logging
+import threading
 from collections import Counter, deque
 from pathlib import Path
 from types import MethodType
@@ -30,8 +31,9 @@ from lmpipe.producer import Producer, SaveTicket
 
 log = logging.getLogger("lmpipe.transformers")
 
-TROUBLE = (LmpipeError, OSError, ValueError, RuntimeError, MemoryError)
-"""What must never reach the caller of `generate` from lmpipe's side of it."""
+TROUBLE = Exception
+"""What must not reach the caller of `generate` from lmpipe's side of it: everything. A bug costs the hit and is logged
+with its trace, for here it is the engine that would die of it."""
 
 
 class Generator(Protocol):
@@ -92,6 +94,7 @@ class TransformersAttachment:
         self.original = cast(Generator, model).generate
         self._options = options
         self._producers = ProducerSet(model, run_dir, options)
+        self._saving = threading.Lock()
         self._tickets: deque[SaveTicket] = deque()
         self._counts: Counter[str] = Counter()
         self._said: set[str] = set()
@@ -156,7 +159,8 @@ class TransformersAttachment:
         try:
             begun.producer.admission.observe_prefill(begun.computed_tokens, clock.seconds)
             sequences = output if isinstance(output, torch.Tensor) else cast(torch.Tensor, output.sequences)
-            begun.save(sequences, self._options.save_answers, self._tickets)
+            with self._saving:
+                begun.save(sequences, self._options.save_answers, self._tickets)
             self.last = begun.info
         except TROUBLE as error:
             self._trouble("after generate", error)
@@ -197,4 +201,6 @@ class TransformersAttachment:
     def _trouble(self, where: str, error: Exception) -> None:
         self._counts["trouble"] += 1
         self.last = RequestInfo(reason=f"trouble {where}: {error}")
-        log.warning("lmpipe failed %s, generate goes on without it: %s: %s", where, type(error).__name__, error)
+        words = "lmpipe failed %s, generate goes on without it: %s: %s"
+        expected = isinstance(error, (LmpipeError, OSError, MemoryError))
+        log.warning(words, where, type(error).__name__, error, exc_info=None if expected else error)

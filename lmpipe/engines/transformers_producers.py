@@ -14,9 +14,14 @@ from lmpipe.engines.adapter import AttachOptions
 from lmpipe.engines.transformers_identity import Identity, ModelIdentity
 from lmpipe.errors import UnsupportedError
 from lmpipe.producer import Producer
+from lmpipe.rundir import RunDir
 
 OPEN = 8
 """Identities whose producers stay open; the least recently used is closed."""
+
+
+REGISTER_S = 0.5
+"""How long to wait for a node that seems to be there."""
 
 
 class ProducerSet:
@@ -88,6 +93,8 @@ class ProducerSet:
 
     def _make(self, identity: Identity, shape: kv.CacheShape) -> Producer:
         options = self._options
+        # A moment is enough to register, and saves the first request from being a miss.
+        wait_s = REGISTER_S if RunDir(self._run_dir).node_json.exists() else 0.0
         return Producer(
             self._run_dir,
             shape.layout(),
@@ -100,6 +107,7 @@ class ProducerSet:
             cache_salt=options.cache_salt,
             name="transformers",
             copy_threads=options.copy_threads,
+            wait_s=wait_s,
         )
 
     def _close(self, producer: Producer) -> None:
