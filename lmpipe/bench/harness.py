@@ -23,9 +23,8 @@ import orjson
 
 from lmpipe.bench.report import Figure
 
-RUNS = 9
-QUICK_RUNS = 2
-WARM_UPS = 2
+RUNS, WARM_UPS = 9, 2
+QUICK_RUNS, QUICK_WARM_UPS = 2, 1
 
 Measured = Callable[[], float]
 """Does its own preparations and returns the seconds of the part that counts."""
@@ -48,6 +47,11 @@ class Setting:
         """Measurements for each median."""
         return self.size(RUNS, QUICK_RUNS)
 
+    @property
+    def warm_ups(self) -> int:
+        """Measurements before these, which are thrown away."""
+        return self.size(WARM_UPS, QUICK_WARM_UPS)
+
     @staticmethod
     def say(text: str) -> None:
         """A line of progress."""
@@ -60,7 +64,7 @@ class Setting:
         limits: list[float] = []
         said_s = 0.0
         gc.collect()
-        for turn in range(-WARM_UPS, runs):
+        for turn in range(-self.warm_ups, runs):
             if time.monotonic() > said_s + 0.2:
                 said_s = time.monotonic()
                 self.say(f"{name}: {'warming up' if turn < 0 else f'{turn + 1} of {runs}'}")

@@ -5,26 +5,25 @@
               several processes have. (In smaps_rollup a shared page is private while one process only has it.)
     wake-ups  voluntary context switches of all threads, /proc/PID/task/TID/status, over ten seconds
 
-Of `topologies/local.yaml` as it ships, its directories aside, and of the demo's topology, which has every stage in a
-process of its own: alone, then with an engine attached that asks for nothing. The engine's own process is not counted.
+Of `topologies/local.yaml` as it ships, its directories aside: alone, then with an engine attached that asks for
+nothing. The engine's own process is not counted.
 """
 
 from __future__ import annotations
 
 import re
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from lmpipe import topology as tp
 from lmpipe.bench.harness import Setting, main
 from lmpipe.bench.report import Figure, Goal
+from lmpipe.demo.node import TOPOLOGY
 from lmpipe.layout import KVLayout
-from lmpipe.testing import Node
+from lmpipe.testing import Node, merged
 
-PACKAGE = Path(__file__).parents[1]
-TOPOLOGIES = (PACKAGE.parent / "topologies" / "local.yaml", PACKAGE / "demo" / "topology.yaml")
 LAYOUT = KVLayout.paged(32, 8, 128, "bfloat16", 16)
 MEMORY = Goal("value", "<=", 300.0)
 WAKE_UPS = Goal("value", "<=", 40.0)
@@ -35,34 +34,25 @@ _MAPPING = re.compile(r"[0-9a-f]+-[0-9a-f]+ ...([ps]) ")
 
 
 def run(setting: Setting) -> list[Figure]:
-    """Each topology that is there, alone and with an engine attached."""
-    figures: list[Figure] = []
-    for path in TOPOLOGIES:
-        if not path.exists():  # installed without the checkout
-            setting.say(f"{path} is not there: left out")
-            continue
-        setting.say(f"starting {path}")
-        name = tp.load(path).name
-        with Node(_changes(setting, path), base=path) as node:
-            figures += _watch(setting, node, name, judged=True)
-            producer = node.producer(LAYOUT)
-            if producer.state != "ready":
-                raise RuntimeError(f"the producer is {producer.state}: {producer.reason}")
-            figures += _watch(setting, node, f"{name} with an engine attached", judged=False)
-    return figures
+    """The node alone, then with an engine attached."""
+    setting.say(f"starting {TOPOLOGY}")
+    setting.disk.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(prefix="bench-idle-", dir=setting.disk) as place,
+        Node(_changes(setting, Path(place).absolute()), base=TOPOLOGY) as node,
+    ):
+        figures = _watch(setting, node, "alone", judged=True)
+        producer = node.producer(LAYOUT)
+        if producer.state != "ready":
+            raise RuntimeError(f"the producer is {producer.state}: {producer.reason}")
+        return figures + _watch(setting, node, "with an engine attached", judged=False)
 
 
-def _changes(setting: Setting, path: Path) -> dict[str, Any]:
-    """Directories below the disk directory; a quick run needs little memory."""
-    place = (setting.disk / f"bench-idle-{path.parent.name}").absolute()
-    shipped = tp.load(path).tiers
-    tiers: dict[str, Any] = {"dram": {"capacity": "64MiB"}} if setting.quick else {}
-    if shipped.ssd is not None:
-        tiers["ssd"] = {"directory": str(place / "ssd")}
-    if shipped.remote is not None:
-        tiers["remote"] = {"url": f"file://{place / 'remote'}"}
-    small = {"index": {"dram": "8MiB", "ssd": "8MiB", "remote": "8MiB"}} if setting.quick else {}
-    return {"tiers": tiers, **small}
+def _changes(setting: Setting, place: Path) -> dict[str, Any]:
+    """Directories of our own; a quick run needs little memory."""
+    tiers = {"ssd": {"directory": str(place / "ssd")}, "remote": {"url": f"file://{place / 'remote'}"}}
+    small = {"tiers": {"dram": {"capacity": "64MiB"}}, "index": dict.fromkeys(("dram", "ssd", "remote"), "8MiB")}
+    return merged({"tiers": tiers}, small if setting.quick else {})
 
 
 def _watch(setting: Setting, node: Node, name: str, *, judged: bool) -> list[Figure]:

@@ -15,7 +15,7 @@ from lmpipe import native
 from lmpipe.bench.harness import Setting, main, rates, shared_directory
 from lmpipe.bench.pages import Pages, Prompts
 from lmpipe.bench.report import Figure
-from lmpipe.bench.save import GOAL, SAVED_S, THREADS, label, node_of, producer_of
+from lmpipe.bench.save import GOAL, QUICK_THREADS, SAVED_S, THREADS, label, node_of, producer_of
 from lmpipe.testing import Node
 
 
@@ -27,7 +27,7 @@ def run(setting: Setting) -> list[Figure]:
             setting.say(f"touching {'mapped' if mapped else 'private'} pages")
             pages = Pages(setting, directory, mapped=mapped)
             try:
-                for threads in THREADS:
+                for threads in QUICK_THREADS if setting.quick else THREADS:
                     figures += _end_to_end(setting, pages, threads)
                     figures += _copy(setting, pages, threads)
             finally:

@@ -22,7 +22,7 @@ from lmpipe.producer import Producer
 from lmpipe.testing import Node
 
 GOAL = Goal("ratio", ">=", 0.9)
-THREADS = (1, 2)
+THREADS, QUICK_THREADS = (1, 2), (2,)
 SAVED_S = 60.0
 
 
@@ -34,7 +34,7 @@ def run(setting: Setting) -> list[Figure]:
             setting.say(f"touching {'mapped' if mapped else 'private'} pages")
             pages = Pages(setting, directory, mapped=mapped)
             try:
-                for threads in THREADS:
+                for threads in QUICK_THREADS if setting.quick else THREADS:
                     figures += _copy(setting, pages, threads)
                     figures += _end_to_end(setting, pages, threads)
             finally:

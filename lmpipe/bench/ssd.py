@@ -27,7 +27,7 @@ from typing import Literal
 
 import numpy as np
 
-from lmpipe.bench.harness import WARM_UPS, Setting, main, rates, shared_directory
+from lmpipe.bench.harness import Setting, main, rates, shared_directory
 from lmpipe.bench.report import Figure, Goal
 from lmpipe.handles import CHUNK, ChunkRecords, Tier
 from lmpipe.index import IndexWriter
@@ -117,7 +117,7 @@ def _measure(
     index = IndexWriter(run_dir, Tier.SSD, 16 << 20, node)
     directory = parent / f"{flush}-{'full' if full else 'roomy'}"
     segment_bytes = chunk_bytes * SEGMENT_CHUNKS
-    rounds = setting.runs + WARM_UPS
+    rounds = setting.runs + setting.warm_ups
     segments = FULL_SEGMENTS if full else CHUNKS * rounds // (SEGMENT_CHUNKS - 1) + 2
     tier = SsdTier(directory, segment_bytes * segments, flush, segment_bytes, index)
     tier.recover()

@@ -1,0 +1,85 @@
+"""`lmpipe profile`: a topology or the demo under load, with a flame graph of every process and one time line of all."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+
+import orjson
+import rich.box
+from rich.console import Console
+from rich.table import Table
+
+from lmpipe.cli.nodes import Subparsers, add_verb
+from lmpipe.errors import LmpipeError
+from lmpipe.profiler import Profile, profile
+
+EXAMPLES = """
+lmpipe profile                              the demo's model and documents for half a minute
+lmpipe profile topologies/local.yaml        that topology, under a built-in load of saves and loads
+lmpipe profile topologies/local.yaml --seconds 60 --out out/local
+lmpipe profile demo --json                  paths and times as JSON
+
+out/profile/NAME.svg are flame graphs, for a browser; out/profile/trace.json opens at https://ui.perfetto.dev
+"""
+DEMO = "demo"
+SHOWN = 24
+WIDTH = 118
+
+
+def add(verbs: Subparsers) -> None:
+    """Registers the verb."""
+    parser = add_verb(verbs, "profile", "see where the time goes, in every process", EXAMPLES)
+    parser.add_argument("what", nargs="?", default=DEMO, metavar="FILE|demo", help="topology file (default: demo)")
+    parser.add_argument("--seconds", type=float, default=30.0, metavar="N", help="how long to watch (default: 30)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/profile"), metavar="DIR", help="where results go (default: out/profile)"
+    )
+    parser.add_argument("--json", action="store_true", help="print paths and times as JSON; progress goes to stderr")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit status 0 when there is a time line with something on it."""
+    what: str = args.what
+    if what == DEMO and (missing := [name for name in ("torch", "transformers") if find_spec(name) is None]):
+        raise LmpipeError(f"the demo needs {' and '.join(missing)}: pip install 'lmpipe[demo]'; or profile a topology")
+    out: Path = args.out
+    as_json: bool = args.json
+    console = Console(stderr=as_json)
+    if not console.is_terminal:
+        console = Console(stderr=as_json, width=WIDTH)
+    with console.status("starting") as status:
+        found = profile(None if what == DEMO else Path(what), args.seconds, out, status.update)
+    if as_json:
+        print(orjson.dumps(asdict(found), option=orjson.OPT_INDENT_2, default=str).decode())
+    else:
+        _show(console, found)
+    return 0 if found.spans else 1
+
+
+def _show(console: Console, found: Profile) -> None:
+    table = Table(title=f"where {found.seconds:.0f} s went", box=rich.box.SIMPLE_HEAD)
+    for column in ("process", "span", "count", "total ms", "share", "mean ms", "longest ms", "GB/s"):
+        table.add_column(column, justify="left" if column in ("process", "span") else "right", no_wrap=True)
+    for span in found.spans[:SHOWN]:
+        table.add_row(
+            span.process,
+            span.name,
+            f"{span.count:,}",
+            f"{span.total_ms:,.1f}",
+            f"{span.total_ms / found.seconds / 10:.1f} %",
+            f"{span.total_ms / span.count:.3f}",
+            f"{span.longest_ms:.2f}",
+            f"{span.nbytes / span.total_ms / 1e6:.2f}" if span.nbytes and span.total_ms else "",
+        )
+    console.print(table)
+    if len(found.spans) > SHOWN:
+        console.print(f"{len(found.spans) - SHOWN} more in {found.trace}", highlight=False)
+    for problem in found.problems:
+        console.print(f"[yellow]{problem}[/]", highlight=False)
+    for path in found.flames:
+        console.print(f"flame graph: {path}", highlight=False)
+    console.print(f"time line:   {found.trace}  (open it at https://ui.perfetto.dev)", highlight=False)

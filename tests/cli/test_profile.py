@@ -1,0 +1,76 @@
+"""`lmpipe profile` on a tiny topology: real workers, a real engine, one time line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lmpipe import profiler
+from lmpipe.cli import main
+from lmpipe.testing import small_topology
+
+
+def test_a_topology_is_profiled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, out = tmp_path / "tiny.yaml", tmp_path / "out"
+    plain = small_topology(tmp_path / "run", tmp_path)
+    file.write_text(yaml.safe_dump(plain))
+    assert main(["profile", str(file), "--seconds", "1", "--out", str(out), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["trace"] == str(out / "trace.json")
+    events = json.loads((out / "trace.json").read_text())["traceEvents"]
+    names = {event["args"]["name"] for event in events if event["name"] == "process_name"}
+    assert {"engine", "gather", "persist"} <= names
+    spans = [event for event in events if event["ph"] == "X"]
+    assert {"engine.request", "gather.Save"} <= {span["name"] for span in spans}
+    assert min(span["ts"] for span in spans) == 0
+    assert {span["pid"] for span in spans} <= {e["pid"] for e in events if e["name"] == "thread_name"}
+    assert {span["name"] for span in found["spans"]} == {span["name"] for span in spans}
+    assert not (out / "work").exists(), "the tiers' directories are removed"
+    assert found["flames"] or found["problems"], "a missing flame graph is explained"
+    for path in found["flames"]:
+        assert "<svg" in Path(path).read_text()
+
+
+def test_a_missing_py_spy_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiler.sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setattr(profiler.shutil, "which", lambda _: None)
+    graphs = profiler.FlameGraphs({"gather": 1}, 1.0, tmp_path)
+    graphs.finish()
+    assert graphs.problems == [profiler.NO_PY_SPY]
+    assert graphs.drawn == []
+
+
+def test_a_process_that_may_not_be_watched_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refusing = tmp_path / "py-spy"
+    refusing.write_text("#!/bin/sh\necho 'Permission Denied: Try again with elevated permissions' >&2\nexit 1\n")
+    refusing.chmod(0o700)
+    monkeypatch.setattr(profiler.sys, "executable", str(tmp_path / "python"))
+    graphs = profiler.FlameGraphs({"gather": 1}, 1.0, tmp_path)
+    graphs.finish()
+    assert graphs.drawn == []
+    assert "gather.svg" in graphs.problems[0]
+    assert "SYS_PTRACE" in graphs.problems[0]
+
+
+def test_span_times_add_up() -> None:
+    def span(name: str, ts: float, dur: float) -> dict[str, object]:
+        return {"ph": "X", "name": name, "ts": ts, "dur": dur, "pid": 7, "tid": 7, "args": {"bytes": 10, "chunks": 1}}
+
+    named = {"ph": "M", "name": "process_name", "pid": 7, "args": {"name": "gather"}}
+    events = [named, span("gather.Save", 5000.0, 1000.0), span("gather.Save", 9000.0, 3000.0)]
+    (found,) = profiler.span_times(events)
+    assert (found.process, found.name, found.count, found.nbytes) == ("gather", "gather.Save", 2, 20)
+    assert (found.total_ms, found.longest_ms) == (4.0, 3.0)
+    line = profiler.one_time_line(events)
+    assert [event["ts"] for event in line if event["ph"] == "X"] == [0.0, 4000.0]
+    assert {"name": "loop"} in [event["args"] for event in line if event["name"] == "thread_name"]
+
+
+def test_a_wrong_topology_is_wrong_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "wrong.yaml"
+    file.write_text("name: x\n")
+    assert main(["profile", str(file), "--out", str(tmp_path / "out")]) == 2
+    assert "tiers" in capsys.readouterr().err
