@@ -1,4 +1,4 @@
-"""What is counted, by kind of process, and its exposition to Prometheus. Knows no process and no file.
+"""What is counted, by kind of process. Knows no process, no file and no exporter (exposition.py).
 
 A worker's counters are those of its runner and, prefixed with the stage's name, those of its stages. Numbers only grow;
 those named in `GAUGES` go up and down.
@@ -6,14 +6,7 @@ those named in `GAUGES` go up and down.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from wsgiref.simple_server import WSGIServer
-
-from prometheus_client import CollectorRegistry, generate_latest, start_http_server
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-from prometheus_client.registry import Collector
+from collections.abc import Sequence
 
 RUNNER_COUNTERS = {
     "turns": "Turns of the loop",
@@ -145,70 +138,3 @@ def worker_counters(stages: Sequence[str]) -> tuple[str, ...]:
     """Counter names of a worker process that runs these stages."""
     seats = (f"{stage}_{name}" for stage in stages for name in (*SEAT_COUNTERS, *STAGE_COUNTERS.get(stage, ())))
     return (*RUNNER_COUNTERS, *seats)
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """The counters of one process, or of one of its lives: lives of one name are added up, so that sums only grow."""
-
-    process: str
-    values: Mapping[str, int]
-
-
-class _Samples(Collector):
-    def __init__(self, collect: Callable[[], Iterable[Sample]]) -> None:
-        self._collect = collect
-
-    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
-        sums: dict[str, dict[str, int]] = {}
-        for sample in self._collect():
-            for name, value in sample.values.items():
-                by_process = sums.setdefault(name, {})
-                # A gauge is what the latest life says; the caller yields the lives in order.
-                by_process[sample.process] = value + (0 if name in GAUGES else by_process.get(sample.process, 0))
-        for name, by_process in sorted(sums.items()):
-            family = GaugeMetricFamily if name in GAUGES else CounterMetricFamily
-            metric = family(f"lmpipe_{name}", HELP.get(name, name), labels=["process"])
-            for process, value in by_process.items():
-                metric.add_metric([process], value)
-            yield metric
-
-
-def render(samples: Iterable[Sample]) -> str:
-    """Prometheus text format 0.0.4."""
-    return generate_latest(_registry(lambda: samples)).decode()
-
-
-def _registry(collect: Callable[[], Iterable[Sample]]) -> CollectorRegistry:
-    registry = CollectorRegistry()
-    registry.register(_Samples(collect))
-    return registry
-
-
-@dataclass(frozen=True, slots=True)
-class Exporter:
-    """A running HTTP endpoint."""
-
-    server: WSGIServer
-    thread: threading.Thread
-
-    @property
-    def port(self) -> int:
-        """The port it listens on."""
-        return self.server.server_port
-
-    def close(self) -> None:
-        """Ends it."""
-        self.server.shutdown()
-        self.server.server_close()
-        self.thread.join()
-
-
-def serve(host: str, port: int, collect: Callable[[], Iterable[Sample]]) -> Exporter:
-    """Answers GET /metrics on threads of its own; `collect` is called there, for each request.
-
-    Raises:
-        OSError: the port (0: any) is taken.
-    """
-    server, thread = start_http_server(port, host, _registry(collect))
-    return Exporter(server, thread)

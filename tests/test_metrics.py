@@ -7,16 +7,8 @@ import urllib.request
 from prometheus_client.parser import text_string_to_metric_families
 
 from lmpipe import metrics
-from lmpipe.metrics import (
-    GAUGES,
-    PRODUCER_COUNTERS,
-    RUNNER_COUNTERS,
-    STAGE_COUNTERS,
-    Sample,
-    render,
-    serve,
-    worker_counters,
-)
+from lmpipe.exposition import Sample, render, serve
+from lmpipe.metrics import GAUGES, PRODUCER_COUNTERS, RUNNER_COUNTERS, STAGE_COUNTERS, worker_counters
 
 SAMPLES = [
     Sample("gather", {"turns": 7, "gather_committed_chunks": 3, "gather_dram_rows": 5}),

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lmpipe.errors import SegmentError
+from lmpipe.exposition import Sample
 from lmpipe.launch.claim import living_pids
-from lmpipe.metrics import GAUGES, Sample
+from lmpipe.metrics import GAUGES
 from lmpipe.rundir import RunDir
 from lmpipe.shm.counters import Counters
 from lmpipe.shm.session import SessionDir

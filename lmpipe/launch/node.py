@@ -11,11 +11,11 @@ from pathlib import Path
 
 from lmpipe.child import ProcessSpec
 from lmpipe.errors import NodeError
+from lmpipe.exposition import Exporter, serve
 from lmpipe.launch.claim import Claim
 from lmpipe.launch.counter_files import CounterFiles
 from lmpipe.launch.link import StageLink
 from lmpipe.launch.segments import Progress, Segments
-from lmpipe.metrics import Exporter, serve
 from lmpipe.rundir import RunDir
 from lmpipe.signals import SignalPipe
 from lmpipe.supervisor import Policy, Supervisor

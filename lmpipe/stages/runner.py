@@ -72,7 +72,7 @@ class Runner:
         self._flush_due_s = 0.0
 
     def seat(
-        self, name: str, session: Session, server: Server, client: Client | None = None, *, threads: int = 2
+        self, name: str, session: Session, server: Server, client: Client | None = None, *, threads: int = 3
     ) -> Seat:
         """A place for a stage; it is the stage's `Context`. Stages that share a process sit in flow order."""
         pool = Pool(name, threads, self._spans, self._wakeup.wake)
