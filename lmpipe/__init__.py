@@ -1,7 +1,7 @@
 """lmpipe keeps the KV cache of LLM inference engines alive outside the engine.
 
-    lmpipe.attach(model, "local")            an engine that has an adapter, in one line
-    lmpipe.Producer(run_dir, layout, …)      any other engine: look up, load, save
+lmpipe.attach(model, "local")            an engine that has an adapter, in one line
+lmpipe.Producer(run_dir, layout, …)      any other engine: look up, load, save
 """
 
 from lmpipe.engines import attach, register
