@@ -208,10 +208,24 @@ class DramTier:
         return None
 
     def _victims(self, nbytes: int) -> Iterable[list[Row]]:
-        """What to evict, step by step: least recent rows worth `nbytes`; then, if memory is in pieces, the cheapest
-        neighbours.
+        """What to evict, step by step: least recent rows worth `nbytes`, more of them while those that went are held;
+        then, if memory is in pieces, the cheapest neighbours.
         """
         now_s = self._now_s()
+        yield self._least_recent(nbytes, now_s)
+        while not self.arena.slots_free or self.arena.free_bytes < nbytes:
+            batch = self._least_recent(nbytes, now_s)
+            if not batch:
+                return
+            yield batch
+        by_slot = {
+            slot: row for queue in (self._clean, self._dirty) for row in queue.values() for slot in row.slots.values()
+        }
+        windows = [[by_slot[slot] for slot in window if slot in by_slot] for window in self.arena.window(nbytes)]
+        windows = [rows for rows in windows if rows and all(row.pinned_until_s <= now_s for row in rows)]
+        yield from sorted(windows, key=lambda rows: max(row.tick for row in rows))
+
+    def _least_recent(self, nbytes: int, now_s: float) -> list[Row]:
         batch: list[Row] = []
         freed = 0
         for queue in (self._clean, self._dirty):
@@ -221,16 +235,8 @@ class DramTier:
                 batch.append(row)
                 freed += sum(self.arena.capacity(slot) for slot in row.slots.values())
                 if freed >= nbytes:
-                    break
-            if freed >= nbytes:
-                break
-        yield batch
-        by_slot = {
-            slot: row for queue in (self._clean, self._dirty) for row in queue.values() for slot in row.slots.values()
-        }
-        windows = [[by_slot[slot] for slot in window if slot in by_slot] for window in self.arena.window(nbytes)]
-        windows = [rows for rows in windows if rows and all(row.pinned_until_s <= now_s for row in rows)]
-        yield from sorted(windows, key=lambda rows: max(row.tick for row in rows))
+                    return batch
+        return batch
 
     def _evict(self, rows: Iterable[Row]) -> None:
         gone = [row for row in rows if self._remove(row.key)]
