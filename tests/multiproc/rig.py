@@ -19,10 +19,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lmpipe.bus import Client
 from lmpipe.engines.paged import PagedEngine
+from lmpipe.handles import SessionId
 from lmpipe.keys import Prompt
+from lmpipe.launch.claim import WorkerNote
 from lmpipe.layout import KVLayout
 from lmpipe.lifecycle import SlotState
+from lmpipe.messages import Ping, Pong
 from lmpipe.producer import LoadResult, Producer, SaveTicket
 from lmpipe.shm.counters import Counters
 from lmpipe.shm.descriptor import SegmentKind
@@ -44,6 +48,14 @@ BIG = KVLayout.paged(32, 8, 128, "float16", 16)
 RESTARTS = {"budget": 1000, "window_s": 1}
 DRAM_ONLY: dict[str, Any] = {"tiers": {"ssd": None}, "restarts": RESTARTS}
 
+
+def all_tiers(directory: Path, *, dram: str = "32MiB", codec: str = "zstd") -> dict[str, Any]:
+    """Every stage in a process of its own; the remote tier's objects lie in `directory`."""
+    remote = {"url": f"file://{directory}/remote", "capacity": "64MiB", "codec": codec}
+    tiers = {"dram": {"capacity": dram}, "ssd": {"codec": codec}, "remote": remote}
+    return {"tiers": tiers, "restarts": RESTARTS}
+
+
 PageIds = npt.NDArray[np.int32]
 
 
@@ -58,6 +70,14 @@ def until(condition: Callable[[], object], what: str = "", timeout_s: float = WA
 def tokens_of(seed: int, chunks: int) -> npt.NDArray[np.uint32]:
     """A prompt's tokens: one seed, one prompt; more chunks, the same prompt longer."""
     return np.random.default_rng(seed).integers(0, 50_000, chunks * CHUNK_TOKENS, np.uint32)
+
+
+class Memory(PagedEngine):
+    """Content that a codec can shrink."""
+
+    def content(self, key: npt.NDArray[np.uint8], pages: int) -> npt.NDArray[np.uint8]:
+        """What the chunk of this key holds."""
+        return super().content(key, pages) & 0x0F
 
 
 class Engine:
@@ -75,7 +95,7 @@ class Engine:
     ) -> None:
         """`pages_in`: a private directory; given, the pages are a segment there, and gather copies them."""
         segment = None if pages_in is None else pages_in / f"pages-{os.getpid()}-{time.monotonic_ns()}.shm"
-        self.memory = PagedEngine(layout, pages, segment=segment)
+        self.memory = Memory(layout, pages, segment=segment)
         identity = {"model": "test", **identity}
         self.producer = Producer(run_dir, layout, pages=self.memory.source, wait_s=wait_s, **identity)
 
@@ -214,6 +234,44 @@ class EngineProcess:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def stages_below(node: Node) -> list[str]:
+    """The stages that gather says are below it now."""
+    ends = node.info.endpoints["gather"]
+    client = Client({"load": ends["load"], "save": ends["save"]})
+    try:
+        until(lambda: client.send("load", Ping(SessionId(1), 1)), "gather listens")
+        answers: list[Pong] = []
+
+        def heard() -> bool:
+            message = client.recv()
+            if isinstance(message, Pong):
+                answers.append(message)
+            return bool(answers)
+
+        until(heard, "gather answers")
+        return answers[0].below
+    finally:
+        client.close()
+
+
+def until_whole(node: Node, *engines: Engine) -> None:
+    """Waits until every stage knows the one below it and the engines are registered with this gather."""
+    until(lambda: stages_below(node) == list(node.topology.stages[1:]), "the chain is whole")
+    for engine in engines:
+        until(lambda e=engine: _is_registered(node, e), "the engine is registered")
+
+
+def _is_registered(node: Node, engine: Engine) -> bool:
+    link = engine.producer._link
+    note = WorkerNote.read(node.paths.up(node.topology.process_of("gather").name))
+    return (
+        link.state == "ready"
+        and link.registered is not None
+        and note is not None
+        and (link.registered.session == note.session)
+    )
 
 
 # What is left behind.

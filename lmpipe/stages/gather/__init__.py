@@ -68,6 +68,7 @@ class Gather:
         self._outflow = Outflow(dram, self._send_down)
         self._saves = Saves(context, dram, self._producers, self._outflow, holds, self._bits, copy_threads)
         self._recalls: dict[int, _Recall] = {}
+        self._nearest: SessionId | None = None
         self._next_id = 0
         self._next_sweep_s = 0.0
         holds.refresh()  # before anything can be evicted: holds of living engines count from the first moment
@@ -123,9 +124,8 @@ class Gather:
             case m.Release():
                 self._saves.released(message)
             case _:
-                self._context.reply(
-                    peer, m.Refused(self._session, type(message).__name__, 0, "gather does not serve this")
-                )
+                reason = "gather does not serve this"
+                self._context.reply(peer, m.Refused(self._session, type(message).__name__, m.id_of(message), reason))
 
     @property
     def _session(self) -> SessionId:
@@ -244,14 +244,14 @@ class Gather:
         self._loads.invalidate(keys)
         if Tier.DRAM in message.tiers:
             removed = self._dram.drop(keys if keys is not None else self._dram.keys(message.namespace))
-        if not self._context.chain or set(message.tiers) <= {Tier.DRAM}:
+        if not self._context.has_down or set(message.tiers) <= {Tier.DRAM}:
             self._context.reply(peer, m.Invalidated(self._session, message.ref, removed))
             return
         self._next_id += 1
         self._recalls[self._next_id] = _Recall(peer, message.ref, removed)
         # Behind the saves that went before it: none of them may bring back what is being removed.
         recall = m.Invalidate(self._session, self._next_id, message.namespace, message.tiers, message.chunks)
-        if not self._context.down("save", recall):
+        if not self._context.chain or not self._context.down("save", recall):
             del self._recalls[self._next_id]
             self._context.reply(
                 peer, m.Refused(self._session, "Invalidate", message.ref, "the tiers below take nothing now")
@@ -292,6 +292,8 @@ class Gather:
         published.
         """
         self._producers.bury()
+        for engine in self._producers:
+            self._saves.lend(engine)  # it has nothing to send that would ask for leases if it ran out of them
         self._holds.refresh()
         for name in self._loads.orphans():
             self._give_up(name, "the stage that read it died")
@@ -310,6 +312,10 @@ class Gather:
         for name in self._loads.orphans():
             self._give_up(name, "the stage that read it died")
         self._outflow.restart()
+        nearest = next(iter(chain.values()), None)
+        if nearest == self._nearest:
+            return  # who got the recalls is there still, and tells those below it that are new
+        self._nearest = nearest
         for recall in self._recalls.values():
             self._context.reply(
                 recall.peer, m.Refused(self._session, "Invalidate", recall.ref, "a tier below went away")

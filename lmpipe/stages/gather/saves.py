@@ -75,6 +75,10 @@ class Saves:
         if not fits.all():
             self._take_back(engine, [slot for slot, fit in zip(slots, fits, strict=True) if not fit])
             self._drop(peer, message.save_id, "stale lease", message.chunks[~fits])
+        self.lend(engine)
+
+    def lend(self, engine: Engine) -> None:
+        """Give an engine leases up to its share, if there is room."""
         fresh = self._producers.top_up(engine)
         if fresh:
             self._context.reply(
