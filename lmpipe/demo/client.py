@@ -36,7 +36,10 @@ class Answer:
 
 
 class EngineProcess:
-    """A real process with its own copy of the model. A context manager: nothing of it is left afterwards."""
+    """A real process with its own copy of the model. A context manager: nothing of it is left afterwards.
+
+    Torch's idle threads sleep instead of spinning: lmpipe's processes work on the same two cores.
+    """
 
     def __init__(self, size: str, log: Path) -> None:
         self._log = log
@@ -47,6 +50,7 @@ class EngineProcess:
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 bufsize=0,
+                env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
             )
         self._rest = b""
 
