@@ -25,9 +25,6 @@ Say = Callable[[str], None]
 
 BELOW_DRAM = ["ssd", "remote"]
 
-SETTLE_S = 2.0
-"""After a start stages learn of each other with their first heartbeat; a load from below DRAM before that is a miss."""
-
 
 @dataclass(frozen=True, slots=True)
 class Reference:
@@ -146,7 +143,6 @@ class Story:
         node.start()
         self._say(f"lmpipe is back after {time.monotonic() - started:.1f} s; the engine registers again by itself")
         engine.wait_ready()
-        time.sleep(SETTLE_S)
 
     def _lasts(self) -> list[Reference]:
         """The longest request of each document and of the conversation."""

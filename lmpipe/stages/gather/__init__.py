@@ -22,8 +22,9 @@ from lmpipe.shm.descriptor import PENDING_REMOTE, PENDING_SSD
 from lmpipe.shm.hold import HoldScanner
 from lmpipe.shm.session import SessionDir
 from lmpipe.stages.base import Context, Peer
-from lmpipe.stages.gather.loads import Loads, Waiter, joined, names_of
+from lmpipe.stages.gather.loads import WRITERS, Loads, Waiter, joined, names_of
 from lmpipe.stages.gather.outflow import Name, Outflow
+from lmpipe.stages.gather.parked import Parked
 from lmpipe.stages.gather.producers import Producers
 from lmpipe.stages.gather.saves import Saves
 from lmpipe.tiers.dram import DramTier
@@ -67,6 +68,7 @@ class Gather:
         self._loads = Loads(dram, below, sessions.alive)
         self._outflow = Outflow(dram, self._send_down)
         self._saves = Saves(context, dram, self._producers, self._outflow, holds, self._bits, copy_threads)
+        self._parked = Parked(frozenset(WRITERS[tier] for tier in below), context.now_s())
         self._recalls: dict[int, _Recall] = {}
         self._nearest: SessionId | None = None
         self._next_id = 0
@@ -96,6 +98,8 @@ class Gather:
                 self._load_failed(message.reason, message.chunks)
             case m.Invalidated():
                 self._recalled(message)
+            case m.Evicted():
+                self._tell_evicted(message.tier, message.chunks)
             case _:
                 self._context.count("unexpected_messages")
 
@@ -185,6 +189,10 @@ class Gather:
     # Loads.
 
     def _load(self, waiter: Waiter, chunks: ChunkRecords) -> None:
+        if not self._parked.park(waiter, chunks, self._context.now_s()):
+            self._load_now(waiter, chunks)
+
+    def _load_now(self, waiter: Waiter, chunks: ChunkRecords) -> None:
         asked = self._loads.ask(waiter, chunks, self._context.chain)
         if asked.ready:
             self._tell_loaded(waiter, joined(asked.ready))
@@ -271,6 +279,8 @@ class Gather:
             self._sweep()
         for waiter in self._loads.expired(int(now_s * 1e9)):
             self._tell_failed(waiter, "deadline", joined(list(waiter.names.values())))
+        for waiter, chunks in self._parked.due(now_s):
+            self._load_now(waiter, chunks)
         self._outflow.pump()
         started = self._saves.copy_next()
         evicted = self._dram.take_evicted()
@@ -279,9 +289,12 @@ class Gather:
             self._tell_evicted(Tier.DRAM, evicted)
         if started:
             return 0.0
-        due_s = self._next_sweep_s - now_s
-        deadline_ns = self._loads.next_deadline_ns()
-        return min(due_s, deadline_ns / 1e9 - now_s) if deadline_ns else due_s
+        due_s = [self._next_sweep_s - now_s]
+        if (deadline_ns := self._loads.next_deadline_ns()) > 0:
+            due_s.append(deadline_ns / 1e9 - now_s)
+        if (wait_s := self._parked.wait_s(now_s)) is not None:
+            due_s.append(wait_s)
+        return min(due_s)
 
     def _tell_evicted(self, tier: Tier, chunks: ChunkRecords) -> None:
         for engine in self._producers:
@@ -311,6 +324,7 @@ class Gather:
         """
         for name in self._loads.orphans():
             self._give_up(name, "the stage that read it died")
+        self._parked.heard(chain)
         self._outflow.restart()
         nearest = next(iter(chain.values()), None)
         if nearest == self._nearest:
