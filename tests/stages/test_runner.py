@@ -36,7 +36,7 @@ from lmpipe.shm.counters import Counters
 from lmpipe.shm.session import Session
 from lmpipe.spans import Spans, read_trace
 from lmpipe.stages.base import Context, Peer
-from lmpipe.stages.pool import MAX_JOBS
+from lmpipe.stages.pool import MAX_JOBS, Job, Pool
 from lmpipe.stages.runner import EX_SOFTWARE, Runner
 from lmpipe.stages.seat import Seat
 
@@ -323,16 +323,22 @@ def raiser(error: Exception) -> Callable[[], object]:
     return raise_it
 
 
-def test_urgent_jobs_overtake(stand: Stand) -> None:
-    gate, order = threading.Event(), []
-    for _ in range(2):  # both threads
-        stand.seat.submit(gate.wait, lambda _: None, order.append, "gate")
+def test_urgent_jobs_overtake() -> None:
+    pool, gate, order = Pool("probe", 1, Spans("probe"), lambda: None), threading.Event(), []
+
+    def job(fn: Callable[[], object]) -> Job:
+        return Job(fn, order.append, order.append, "job")
+
+    pool.submit(job(gate.wait), urgent=False)
     for number in range(3):
-        stand.seat.submit(lambda number=number: order.append(number), lambda _: None, order.append, "save")
-    stand.seat.submit(lambda: order.append("load"), lambda _: None, order.append, "load", urgent=True)
+        pool.submit(job(lambda number=number: order.append(number)), urgent=False)
+    pool.submit(job(lambda: order.append("load")), urgent=True)
     gate.set()
-    stand.until(lambda: stand.seat.backlog == 0)
-    assert order[0] == "load" and set(order[1:]) == {0, 1, 2}
+    deadline_s = time.monotonic() + 10
+    while pool.backlog and time.monotonic() < deadline_s:
+        pool.take()
+        time.sleep(0.001)
+    assert pool.close(10) and order == ["load", 0, 1, 2]
 
 
 def test_a_stage_that_does_not_bound_its_jobs_is_a_bug(stand: Stand) -> None:
