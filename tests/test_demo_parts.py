@@ -44,7 +44,7 @@ def test_text_is_small_and_each_file_is_accounted_for() -> None:
 
 def test_tokens_are_bytes() -> None:
     assert tokens_of("aß") == [BEGIN, FIRST_BYTE + 97, FIRST_BYTE + 0xC3, FIRST_BYTE + 0x9F]
-    assert max(tokens_of(wl.text_of("standard-types"))) < VOCABULARY
+    assert max(tokens_of(wl.text_of("special-method-names"))) < VOCABULARY
 
 
 @pytest.mark.parametrize("size", [wl.FULL, wl.QUICK])

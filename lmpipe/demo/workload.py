@@ -18,11 +18,6 @@ DOCUMENTS = {
         "When is an object's hash needed, and what must it agree with?",
         "How may a class take part in the protocol of iterators?",
     ),
-    "standard-types": (
-        "Which of the built-in types are immutable sequences?",
-        "What attributes does a function object have?",
-        "What is the type of the value None?",
-    ),
 }
 """Text file and questions."""
 
@@ -48,7 +43,7 @@ class WorkloadSize:
     turn_answer_tokens: int
 
 
-FULL = WorkloadSize(3, 3, 4096, 4, 2560, 16, 64)
+FULL = WorkloadSize(2, 3, 4096, 3, 2560, 16, 64)
 QUICK = WorkloadSize(2, 2, 1024, 2, 768, 8, 32)
 
 
