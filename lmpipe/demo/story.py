@@ -126,7 +126,7 @@ class Story:
         """lmpipe is killed three times under a living engine, and each time it comes back with one tier less."""
         self._say(f"SIGKILL to all {node.kill_all()} processes of lmpipe")
         engine.wait_lost()
-        self._row("lmpipe dead", engine, self._references[:1], "none")
+        self._row("DRAM, lmpipe dead", engine, self._lasts(), "dram")
         self._back(node, engine)
         self._row("DRAM, after kill", engine, self._lasts(), "dram")
         for label, tier, without in (("SSD", "ssd", "the arena"), ("remote", "remote", "the arena and the SSD tier")):
@@ -162,4 +162,4 @@ class Story:
     def steps(self) -> int:
         """How many requests there are in all, for a progress bar."""
         asked = self._size.documents * self._size.questions + self._size.turns
-        return 3 * asked + 1 + 3 * (self._size.documents + 1)
+        return 3 * asked + 4 * (self._size.documents + 1)

@@ -172,7 +172,7 @@ class TransformersAttachment:
         producer, shape = self._producers.current()
         self._counts["requests"] += 1
         longest = max(len(row.tokens) for row in request.rows)
-        skipped = f"lmpipe {producer.state}" if producer.state != "ready" else ""
+        skipped = "" if producer.mapped else f"lmpipe {producer.state}"
         if skipped or longest < self._options.min_tokens:
             self.last = RequestInfo(sum(len(row.tokens) for row in request.rows), reason=skipped or "short")
             self._counts["skipped"] += 1

@@ -133,6 +133,11 @@ class Producer:
         """Why the state is not `ready`."""
         return self._link.reason
 
+    @property
+    def mapped(self) -> bool:
+        """Whether a node's index and arena are mapped: then DRAM hits are served, also while all of lmpipe is dead."""
+        return self._link.attachment is not None and self._link.state != "refused"
+
     def wait_ready(self, timeout_s: float) -> bool:
         """Wait until registered. False: still absent, or refused."""
         return self._link.wait_ready(timeout_s)

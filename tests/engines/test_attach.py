@@ -160,8 +160,8 @@ def test_trouble_in_the_producer_is_a_miss(attached: Attach, monkeypatch: pytest
     assert attachment.stats()["generate_trouble"] >= 4
 
 
-def test_a_killed_node_costs_nothing_but_the_hits() -> None:
-    """The engine goes on while lmpipe is dead, and finds the DRAM tier as it was when it is back."""
+def test_a_killed_node_costs_nothing() -> None:
+    """The engine goes on while lmpipe is dead, with the DRAM tier in its own maps, and after the restart."""
     model, ids = build("llama"), prompt_of(50)
     right = greedy(model, ids)
     with Node({"tiers": {"ssd": None}, "chunk_tokens": CHUNK}) as node:
@@ -176,7 +176,7 @@ def test_a_killed_node_costs_nothing_but_the_hits() -> None:
         while attachment.producer.state == "ready":
             waited.wait(0.02)
         assert greedy(model, ids) == right
-        assert attachment.last.reason == "lmpipe absent"
+        assert attachment.last.hit_tokens == 48
         node.start()
         assert attachment.wait_ready(30)
         assert greedy(model, ids) == right
