@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rig import Engine
+from rig import CHUNK_TOKENS, Engine
 
 KEPT: list[Any] = []
 """Finds that are held until the end."""
@@ -37,8 +37,18 @@ def lookups(engine: Engine, seed: int, chunks: int, count: int) -> int:
 
 def hold(engine: Engine, seed: int, chunks: int) -> int:
     """Look up and keep the holds."""
-    KEPT.append(engine.producer.lookup(engine.prompt(seed, chunks)))
-    return KEPT[-1].chunks
+    prompt = engine.prompt(seed, chunks)
+    KEPT.append((prompt, engine.producer.lookup(prompt)))
+    return KEPT[-1][1].chunks
+
+
+def load_held(engine: Engine) -> int:
+    """Load what was held first; how many chunks, every byte of them compared."""
+    prompt, found = KEPT.pop(0)
+    ids = engine.memory.allocate(found.chunks, CHUNK_TOKENS)
+    result = engine.producer.load(found, engine.memory.pool, ids)
+    assert engine.memory.wrong(prompt.keys[: result.chunks], ids) == []
+    return result.chunks
 
 
 def churn(engine: Engine, seed: int, prompts: int, chunks: int, seconds: float, deadline_ms: float = 5000) -> Any:
@@ -74,7 +84,7 @@ def die_in(engine: Engine, state: str) -> None:
     engine.kill_in(state)
 
 
-COMMANDS = {f.__name__: f for f in (save, load, found, lookups, hold, churn, stats, die_in)}
+COMMANDS = {f.__name__: f for f in (save, load, found, lookups, hold, load_held, churn, stats, die_in)}
 
 
 def main() -> None:
@@ -86,8 +96,8 @@ def main() -> None:
         for line in sys.stdin:
             command = json.loads(line)
             print(json.dumps(COMMANDS[command.pop("do")](engine, **command)), flush=True)
-        for kept in KEPT:
-            kept.release()
+        for _, found in KEPT:
+            found.release()
 
 
 main()

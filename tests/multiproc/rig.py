@@ -21,12 +21,12 @@ import numpy.typing as npt
 
 from lmpipe.bus import Client
 from lmpipe.engines.paged import PagedEngine
-from lmpipe.handles import SessionId
+from lmpipe.handles import SessionId, Tier
 from lmpipe.keys import Prompt
 from lmpipe.launch.claim import WorkerNote
 from lmpipe.layout import KVLayout
 from lmpipe.lifecycle import SlotState
-from lmpipe.messages import Ping, Pong
+from lmpipe.messages import Invalidate, Invalidated, Ping, Pong
 from lmpipe.producer import LoadResult, Producer, SaveTicket
 from lmpipe.shm.counters import Counters
 from lmpipe.shm.descriptor import SegmentKind
@@ -137,6 +137,25 @@ class Engine:
         assert self.memory.wrong(prompt.keys[: result.chunks], ids) == []
         self.memory.free(ids)
         return result
+
+    def drop_from(self, prompt: Prompt, *tiers: Tier, first: int = 0) -> None:
+        """Leave a prompt, from chunk `first` on, to the tiers below these."""
+        attachment = self.producer._link.attachment
+        assert attachment is not None
+        ask = Invalidate(attachment.session.id, 1, 0, list(tiers), self.producer._records(prompt)[first:])
+        assert isinstance(self.producer._ask(1, ask, WAIT_S), Invalidated)
+
+    def save_below(self, seed: int, chunks: int) -> Prompt:
+        """A prompt that lies in every tier but DRAM."""
+        prompt = self.prompt(seed, chunks)
+        assert self.save(prompt).wait(0)
+        assert self.producer.flush(prompt, tiers=[tier for tier in self._tiers() if tier is not Tier.DRAM])
+        self.drop_from(prompt, Tier.DRAM)
+        return prompt
+
+    def _tiers(self) -> tuple[Tier, ...]:
+        attachment = self.producer._link.attachment
+        return attachment.info.topology.tier_names if attachment is not None else ()
 
     def found(self, prompt: Prompt) -> int:
         """How many chunks a lookup finds."""

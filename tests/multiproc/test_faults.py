@@ -155,10 +155,7 @@ def test_fault_05_equal_prompts_loaded_at_once_leave_nothing_behind(node: Node, 
         assert engine.producer.flush(prompt, tiers=("ssd", "remote"))
         for _ in range(5):
             if tier == "below":
-                attachment = engine.producer._link.attachment
-                assert attachment is not None
-                ask = m.Invalidate(attachment.session.id, 1, 0, [Tier.DRAM], engine.producer._records(prompt))
-                engine.producer._ask(1, ask, WAIT_S)
+                engine.drop_from(prompt, Tier.DRAM)
             start, results = threading.Barrier(4), []
 
             def load(by: Engine, start: threading.Barrier = start, results: list[int] = results) -> None:
