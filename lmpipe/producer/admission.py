@@ -62,12 +62,11 @@ class Admission:
         """Cut a find before the first chunk whose tier is slower than prefill. The holds of what is cut stay until
         release.
         """
-        below = np.flatnonzero(found.tiers != 0)
         prefill = self.prefill_tokens_per_s
-        if not len(below) or prefill is None:
+        if prefill is None or not self.load_bytes_per_s:
             return found
         chunk_s = found.chunk_tokens / prefill
-        for at in below.tolist():
+        for at in np.flatnonzero(found.tiers != 0).tolist():
             rate = self.load_bytes_per_s.get(TIERS[int(found.tiers[at])])
             if rate is not None and int(found.records["raw_bytes"][at]) / rate > chunk_s:
                 self.refused += 1

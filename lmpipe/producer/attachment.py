@@ -217,7 +217,7 @@ class Attachment:
                     break
                 if len(values[-1]) != row_bytes:
                     break
-        tiers = np.repeat(np.array([t for t, _ in counts], np.uint8), np.array([n for _, n in counts], np.intp))
+        tiers = np.frombuffer(b"".join(bytes((tier,)) * count for tier, count in counts), np.uint8)
         flat = b"".join(values)
         if len(flat) != len(values) * row_bytes:  # some row lacks shards: stop before it
             whole = next(i for i, value in enumerate(values) if len(value) != row_bytes)
