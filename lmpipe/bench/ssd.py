@@ -39,6 +39,8 @@ from lmpipe.tiers.ssd import SsdTier
 GOAL = Goal("ratio", ">=", 0.9)
 CHUNKS = 4
 SEGMENT_CHUNKS = 8
+RUNS = 15
+"""More than elsewhere: a disk's own rate swings most."""
 FULL_SEGMENTS = 4
 Flush = Literal["each", "none"]
 CASES: tuple[tuple[Flush, bool], ...] = (("each", False), ("none", False), ("none", True))
@@ -117,7 +119,8 @@ def _measure(
     index = IndexWriter(run_dir, Tier.SSD, 16 << 20, node)
     directory = parent / f"{flush}-{'full' if full else 'roomy'}"
     segment_bytes = chunk_bytes * SEGMENT_CHUNKS
-    rounds = setting.runs + setting.warm_ups
+    runs = setting.size(RUNS, setting.runs)
+    rounds = runs + setting.warm_ups
     segments = FULL_SEGMENTS if full else CHUNKS * rounds // (SEGMENT_CHUNKS - 1) + 2
     tier = SsdTier(directory, segment_bytes * segments, flush, segment_bytes, index)
     tier.recover()
@@ -144,7 +147,7 @@ def _measure(
 
         what = "write, full tier" if full else f"write, {'flushed' if flush == 'each' else 'not flushed'}"
         nbytes = CHUNKS * chunk_bytes
-        values, limits = setting.alternate(what, write, lambda: raw.write(payloads, flush=flush == "each"))
+        values, limits = setting.alternate(what, write, lambda: raw.write(payloads, flush=flush == "each"), runs)
         goal = None if full else GOAL
         figures = [Figure.of(what, rates(nbytes, values), "GB/s", limits=rates(nbytes, limits), goal=goal)]
         if flush == "none" and not full:
@@ -175,7 +178,7 @@ def _reads(
         return took
 
     nbytes = sum(map(len, payloads))
-    values, limits = setting.alternate("cold read", read, lambda: raw.read(next(turns), buffers))
+    values, limits = setting.alternate("cold read", read, lambda: raw.read(next(turns), buffers), RUNS)
     return [Figure.of("cold read", rates(nbytes, values), "GB/s", limits=rates(nbytes, limits), goal=GOAL)]
 
 
