@@ -60,7 +60,7 @@ class Setting:
         print(text, file=sys.stderr, flush=True)
 
     def alternate(self, name: str, figure: Measured, limit: Measured, runs: int = 0) -> tuple[list[float], list[float]]:
-        """Seconds of `figure` and of `limit`, in turns, after warm-ups: for a second where rounds are many and short."""
+        """Seconds of `figure` and of `limit`, in turns, after warm-ups: a second where rounds are short."""
         runs = self.runs if self.quick or not runs else runs
         values: list[float] = []
         limits: list[float] = []
