@@ -88,8 +88,7 @@ class Found:
         """Give the holds back; harmless when done twice."""
         holds, self.holds = self.holds, None
         if holds is not None and self.attachment is not None:
-            self.attachment.holds.release(holds)
-            self.attachment.leave()
+            self.attachment.let_go(holds)
 
     def __enter__(self) -> Found:
         return self
@@ -128,7 +127,9 @@ class Attachment:
         self._lock = threading.Lock()
         self._reading = threading.Lock()
         self._users = 0
+        self._kept = 0
         self._retired = False
+        self._abandoned = False
         self._closed = False
 
     def all_in(self, tier: Tier, keys: list[bytes]) -> bool:
@@ -150,15 +151,37 @@ class Attachment:
             self._users -= 1
         self._close_if_idle()
 
-    def retire(self) -> None:
-        """Close as soon as nobody uses the maps."""
+    def keep(self) -> bool:
+        """Use the maps for as long as a find is held; ended by `let_go`. False: closed."""
+        with self._lock:
+            self._kept += not self._closed
+            return not self._closed
+
+    def let_go(self, holds: HoldSet) -> None:
+        """Give the holds of a find back; harmless when the maps are gone, and with them the holds."""
+        with self._lock:
+            if self._closed:
+                return
+            self.holds.release(holds)
+            self._kept -= 1
+        self._close_if_idle()
+
+    def retire(self, *, abandon: bool = False) -> None:
+        """Close as soon as nobody uses the maps. `abandon`: finds that are not given back do not count."""
         with self._lock:
             self._retired = True
+            self._abandoned = self._abandoned or abandon
         self._close_if_idle()
+
+    @property
+    def closed(self) -> bool:
+        """Whether the maps are gone."""
+        return self._closed
 
     def _close_if_idle(self) -> None:
         with self._lock:
-            if not self._retired or self._users or self._closed:
+            kept = self._kept and not self._abandoned
+            if not self._retired or self._users or kept or self._closed:
                 return
             self._closed = True
         for reader in self.readers:
@@ -183,7 +206,7 @@ class Attachment:
     def _hold(self, prompt: Prompt, chunks: int, wanted: Wanted, request: int, *, cut: bool = False) -> Found | None:
         records, tiers = self._run(prompt.index_keys[:chunks], 0, wanted)
         dram = np.flatnonzero(tiers == 0)
-        if not len(dram) or not self.enter():
+        if not len(dram) or not self.keep():
             below = 0 if len(dram) else len(records)
             return Found(prompt.chunk_tokens, records[:below], tiers[:below])
         places = records["place"][dram]
@@ -192,8 +215,7 @@ class Attachment:
         held = len(holds)
         if held < len(dram):
             if not cut:
-                self.holds.release(holds)
-                self.leave()
+                self.let_go(holds)
                 return None
             end = int(dram[held])
             records, tiers, dram = records[:end], tiers[:end], dram[:held]

@@ -103,6 +103,7 @@ class Link:
         self.state = "absent"
         self.reason = "not attached yet"
         self.attachment: Attachment | None = None
+        self._former: list[Attachment] = []
         self.registered: m.Registered | None = None
         self._node: tuple[float, str] | None = None
         self._client: Client | None = None
@@ -179,8 +180,8 @@ class Link:
             self._on_lost("closed")
             self._close_client()
             self._wakeup.close()
-            if self.attachment is not None:
-                self.attachment.retire()
+            for attachment in (*self._former, *([self.attachment] if self.attachment else [])):
+                attachment.retire(abandon=True)
 
     def _set_state(self, state: str, reason: str) -> None:
         with self._changed:
@@ -217,7 +218,8 @@ class Link:
         self._node = (info.created, info.arena_id)
         old, self.attachment = self.attachment, fresh
         if old is not None:
-            old.retire()
+            old.retire()  # finds of it may still be loaded: its maps are what they were
+            self._former = [former for former in (*self._former, old) if not former.closed]
         self._beat_s = info.topology.heartbeat_ms / 1000
         self._eager_until_s = time.monotonic() + self._beat_s
         self._close_client()

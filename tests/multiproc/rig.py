@@ -104,6 +104,12 @@ class Engine:
         """Whether gather copies this engine's pages itself."""
         return self.memory.source is not None
 
+    @property
+    def holding(self) -> int:
+        """Entries of this engine's hold table that are in use."""
+        attachment = self.producer._link.attachment
+        return 0 if attachment is None else attachment.holds.entries - attachment.holds._table.free
+
     def prompt(self, seed: int, chunks: int) -> Prompt:
         """The prompt of a seed, `chunks` long."""
         return self.producer.prompt(tokens_of(seed, chunks))
