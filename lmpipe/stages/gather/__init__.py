@@ -219,9 +219,10 @@ class Gather:
         answers: dict[int, tuple[Waiter, list[bytes]]] = {}
         for name, _ in landed:
             row = self._dram.row(name[0])
-            for waiter, _ in self._loads.settle(name):
+            for waiter, asked in self._loads.settle(name):
                 if row is None or name[1] not in row.records:
-                    continue  # invalidated on the way: the deadline answers
+                    self._tell_failed(waiter, "invalidated on its way", joined([asked]))
+                    continue
                 answers.setdefault(id(waiter), (waiter, []))[1].append(row.records[name[1]])
         self._context.count("promoted_chunks", len(landed))
         for waiter, records in answers.values():
@@ -257,9 +258,11 @@ class Gather:
             return
         self._next_id += 1
         self._recalls[self._next_id] = _Recall(peer, message.ref, removed)
+        self._loads.begin_recall(self._next_id, keys, message.namespace)
         # Behind the saves that went before it: none of them may bring back what is being removed.
         recall = m.Invalidate(self._session, self._next_id, message.namespace, message.tiers, message.chunks)
         if not self._context.chain or not self._context.down("save", recall):
+            self._loads.end_recall(self._next_id)
             del self._recalls[self._next_id]
             self._context.reply(
                 peer, m.Refused(self._session, "Invalidate", message.ref, "the tiers below take nothing now")
@@ -267,6 +270,7 @@ class Gather:
 
     def _recalled(self, message: m.Invalidated) -> None:
         recall = self._recalls.pop(message.ref, None)
+        self._loads.end_recall(message.ref)
         if recall is not None:
             self._context.reply(recall.peer, m.Invalidated(self._session, recall.ref, recall.removed + message.removed))
 
@@ -330,7 +334,8 @@ class Gather:
         if nearest == self._nearest:
             return  # who got the recalls is there still, and tells those below it that are new
         self._nearest = nearest
-        for recall in self._recalls.values():
+        for number, recall in self._recalls.items():
+            self._loads.end_recall(number)
             self._context.reply(
                 recall.peer, m.Refused(self._session, "Invalidate", recall.ref, "a tier below went away")
             )

@@ -78,6 +78,7 @@ class Loads:
         self._dram, self._below, self._alive = dram, below, alive
         self._flights: dict[Name, Flight] = {}
         self._waiters: list[Waiter] = []
+        self._recalls: dict[int, tuple[set[bytes] | None, int]] = {}
 
     def __len__(self) -> int:
         return len(self._flights)
@@ -103,6 +104,9 @@ class Loads:
         return asked
 
     def _start(self, name: Name, raw: bytes, chain: Mapping[str, SessionId], asked: Asked) -> Flight | None:
+        if self._is_recalled(name[0], raw):
+            asked.fail("being invalidated", raw)
+            return None
         stored = self._stored(name)
         if stored is None:
             asked.fail("not stored below", raw)
@@ -187,6 +191,22 @@ class Loads:
     def next_deadline_ns(self) -> int:
         """The earliest deadline, 0 for none."""
         return min((waiter.deadline_ns for waiter in self._waiters if waiter.deadline_ns), default=0)
+
+    def begin_recall(self, number: int, keys: set[bytes] | None, namespace: int) -> None:
+        """Until `end_recall` the tiers below may still have chunks of these keys, or of a namespace (0: of all), that
+        must not come up any more.
+        """
+        self._recalls[number] = keys, namespace
+
+    def end_recall(self, number: int) -> None:
+        """They have forgotten, or it was given up."""
+        self._recalls.pop(number, None)
+
+    def _is_recalled(self, key: bytes, raw: bytes) -> bool:
+        return any(
+            key in keys if keys is not None else namespace in (0, int(joined([raw])["namespace"][0]))
+            for keys, namespace in self._recalls.values()
+        )
 
     def invalidate(self, keys: set[bytes] | None) -> None:
         """Chunks on their way that must not land: those of these keys, or all."""
