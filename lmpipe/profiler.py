@@ -133,7 +133,7 @@ def _with_demo(node: Node, seconds: float, out: Path, work: Path, say: Say) -> P
             say(f"{request.name}, {time.monotonic() - began:.0f} of {seconds:.0f} s")
             with spans.span(f"request: {request.name}"):
                 engine.generate(request.tokens, request.new_tokens)
-        engine.flush([], [])
+            engine.flush([], [])  # the next request finds what this one has computed
         _wait(flames, began + seconds - time.monotonic(), say)
     spans.close()
     return _result(node, [trace], flames, time.monotonic() - began, out)
