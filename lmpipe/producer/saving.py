@@ -7,6 +7,7 @@ when gather may read them.
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -24,6 +25,8 @@ from lmpipe.lifecycle import SlotEvent
 from lmpipe.producer.attachment import Attachment, Wanted
 from lmpipe.producer.link import LeasePool, Link
 from lmpipe.shm.hold import Grant
+
+log = logging.getLogger("lmpipe.producer")
 
 QUEUED_SAVES = 64
 GROUP_CHUNKS = 8
@@ -205,6 +208,9 @@ class Saver:
                 continue
             try:
                 self._save(attachment, job)
+            except Exception:
+                log.critical("a bug: this save is dropped, the engine goes on", exc_info=True)
+                self.finish(job.ticket, "a bug in lmpipe")
             finally:
                 attachment.leave()
 
@@ -242,7 +248,14 @@ class Saver:
             if not ticket.start_reading():  # cancelled, or lost with the node that lent the slots
                 self._leases.put_back(slots)
                 return
-            records = self._fill(attachment, job, pool, at, slots)
+            try:
+                records = self._fill(attachment, job, pool, at, slots)
+            except BaseException:
+                ticket.stop_reading(last=False)
+                self._leases.done(slots)
+                places = np.array([slot.place for slot in slots], np.uint64)
+                self._link.post("save", m.Release(attachment.session.id, "arena", places))
+                raise
             at += len(records)
             ticket.stop_reading(last=at == ticket.chunks)
             message = m.Save(attachment.session.id, ticket.save_id, "arena", records, _NO_PAGES, -1)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rig import BIG, WAIT_S, Engine, until
+from rig import BIG, WAIT_S, Engine, assert_nothing_leaks, until
 
 from lmpipe.engines.paged import PagedEngine
 from lmpipe.testing import Node
@@ -166,6 +166,22 @@ def test_a_pool_of_another_layout_is_refused_before_it_is_copied(make_engine: Ma
         engine.producer.save(prompt, big.pool, np.zeros((1, 4), np.int32))
     with pytest.raises(ValueError, match="no pool"):
         engine.producer.save(prompt, None, np.zeros((1, 4), np.int32))
+
+
+def test_a_bug_costs_the_save_it_hits_and_no_other(make_engine: Make, node: Node) -> None:
+    """There is no supervisor for a thread of the engine's process: the save ends, its leases go back."""
+    engine = make_engine()
+    copier = engine.producer._saver._copier
+    for seed in range(4):
+        prompt = engine.prompt(seed, 8)
+        engine.producer._saver._copier = None  # type: ignore[assignment]
+        ticket = engine.save(prompt)
+        assert ticket.dropped == {"a bug in lmpipe": 8}
+        assert ticket.copied.is_set()
+        engine.producer._saver._copier = copier
+        assert engine.save(prompt).wait(0)
+        assert engine.load(prompt).chunks == 8
+    assert_nothing_leaks(node, leases=8)
 
 
 def test_page_ids_may_change_after_the_call(make_engine: Make) -> None:
