@@ -180,6 +180,15 @@ def test_an_engine_killed_at_any_moment_leaves_nothing_and_its_saves_are_right(
     assert_nothing_leaks(node, LEASES)
 
 
+def test_an_engine_that_comes_back_at_once_finds_its_place() -> None:
+    """A refusal is for good, so it must not be for the place of a dead engine."""
+    with Node({"tiers": {"ssd": None}, "engines": {"max_producers": 1}}) as node:
+        for _ in range(4):
+            with EngineProcess(node) as process:
+                assert process.state == "ready"
+                process.kill()
+
+
 def test_the_supervisor_s_death_stops_no_engine(tmp_path: Path) -> None:
     with Node(all_tiers(tmp_path)) as node, Engine(node.run_dir) as engine:
         until_whole(node, engine)

@@ -79,9 +79,11 @@ def test_random_use_by_many_engines_is_right_and_keeps_to_every_capacity(node: N
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    done = [engine.hear() for engine in engines]  # each has compared every byte that it loaded
-    watching.set()
-    watcher.join()
+    try:
+        done = [engine.hear() for engine in engines]  # each has compared every byte that it loaded
+    finally:
+        watching.set()
+        watcher.join()
     for engine in engines:
         engine.close()
     assert all(each["saved"] and each["loaded"] for each in done), done

@@ -103,6 +103,8 @@ class Producers:
         session = SessionId(hello.session)
         if not self._alive(session):
             raise SegmentError(f"session {session:016x} holds no lock in this node's run directory")
+        if len(self._engines) >= self._most:
+            self.bury()  # an engine that died and came back must not find its own place taken
         old = self._engines.pop(session, None)
         if old is None and len(self._engines) >= self._most:
             raise LayoutError(f"{self._most} engines are registered already: raise engines.max_producers")
