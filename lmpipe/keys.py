@@ -175,6 +175,12 @@ class Prompt:
         return self.keys[groups, :ANCHOR_BYTES]
 
     def _anchored(self, first: int) -> list[bytes]:
-        width = ANCHOR_BYTES + KEY_BYTES
-        flat = np.concatenate((self.anchors(first), self.keys[first:]), axis=1).tobytes()
-        return [flat[at : at + width] for at in range(0, len(flat), width)]
+        flat, count = self.keys.tobytes(), len(self.keys)
+        keys: list[bytes] = []
+        while first < count:
+            opens = first // GROUP_CHUNKS * GROUP_CHUNKS
+            end = min(opens + GROUP_CHUNKS, count)
+            anchor = flat[opens * KEY_BYTES : opens * KEY_BYTES + ANCHOR_BYTES]
+            keys += [anchor + flat[at : at + KEY_BYTES] for at in range(first * KEY_BYTES, end * KEY_BYTES, KEY_BYTES)]
+            first = end
+        return keys

@@ -57,8 +57,10 @@ class Accounts:
 
     def count(self, **amounts: int) -> None:
         """Add to counters."""
+        counts = self._counts
         with self._lock:
-            self._counts.update(amounts)
+            for name, amount in amounts.items():
+                counts[name] += amount
 
     def snapshot(self) -> dict[str, int]:
         """All counters that are not 0."""

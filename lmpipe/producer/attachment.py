@@ -39,18 +39,25 @@ class Wanted:
     shard: int
     shards: int
     max_fidelity: int = 0
+    _pattern: npt.NDArray[np.uint64] = field(init=False, repr=False)
+    _mask: npt.NDArray[np.uint64] = field(init=False, repr=False)
 
-    def usable(self, records: ChunkRecords, now_s: float) -> npt.NDArray[np.bool_]:
-        """(n,) which of the records fit."""
-        expires = records["expires_at"]
-        return (
-            (records["layout"] == self.layout)
-            & (records["raw_bytes"] == self.chunk_bytes)
-            & (records["shard"] == self.shard)
-            & (records["shards"] == self.shards)
-            & (records["fidelity"] <= self.max_fidelity)
-            & ((expires == 0) | (expires > now_s))
-        )
+    def __post_init__(self) -> None:
+        pattern, mask = np.zeros(1, CHUNK), np.zeros(1, CHUNK)
+        fixed = {"layout": self.layout, "raw_bytes": self.chunk_bytes, "shard": self.shard, "shards": self.shards}
+        for name, value in fixed.items():
+            pattern[name], mask[name] = value, np.iinfo(CHUNK[name]).max
+        object.__setattr__(self, "_pattern", pattern.view(np.uint64))
+        object.__setattr__(self, "_mask", mask.view(np.uint64))
+
+    def usable(self, records: ChunkRecords, now_s: float) -> npt.NDArray[np.bool_] | None:
+        """(n,) which of the records fit; None: all do, which one pass over the bytes tells."""
+        words = records.view(np.uint64).reshape(len(records), CHUNK.itemsize // 8)
+        unlike = (words ^ self._pattern) & self._mask
+        fidelity, expires = records["fidelity"], records["expires_at"]
+        if not (unlike.any() or fidelity.any() or expires.any()):
+            return None
+        return ~unlike.any(axis=1) & (fidelity <= self.max_fidelity) & ((expires == 0) | (expires > now_s))
 
 
 @dataclass(slots=True)
@@ -205,13 +212,11 @@ class Attachment:
 
     def _hold(self, prompt: Prompt, chunks: int, wanted: Wanted, request: int, *, cut: bool = False) -> Found | None:
         records, tiers = self._run(prompt.index_keys[:chunks], 0, wanted)
-        dram = np.flatnonzero(tiers == 0)
+        dram = np.arange(len(tiers)) if not tiers.any() else np.flatnonzero(tiers == 0)
         if not len(dram) or not self.keep():
             below = 0 if len(dram) else len(records)
             return Found(prompt.chunk_tokens, records[:below], tiers[:below])
-        places = records["place"][dram]
-        slots, generations = (places >> np.uint64(32)).astype(np.uint32), places.astype(np.uint32)
-        holds = self.holds.take(self.arena, slots, generations, request)
+        holds = self.holds.take(self.arena, *slots_of(records if len(dram) == len(records) else records[dram]), request)
         held = len(holds)
         if held < len(dram):
             if not cut:
@@ -244,9 +249,17 @@ class Attachment:
         if len(flat) != len(values) * row_bytes:  # some row lacks shards: stop before it
             whole = next(i for i, value in enumerate(values) if len(value) != row_bytes)
             flat, tiers = b"".join(values[:whole]), tiers[:whole]
-        records = np.frombuffer(flat, CHUNK)[wanted.shard :: wanted.shards]
+        records = np.frombuffer(flat, CHUNK)
+        if wanted.shards > 1:
+            records = np.ascontiguousarray(records[wanted.shard :: wanted.shards])
         usable = wanted.usable(records, time.time())
-        if not usable.all():
+        if usable is not None and not usable.all():
             end = int(np.argmin(usable))
             records, tiers = records[:end], tiers[:end]
         return records, tiers
+
+
+def slots_of(records: ChunkRecords) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32]]:
+    """Slot numbers and generations that the records' places name."""
+    halves = np.ascontiguousarray(records["place"]).view(np.uint32)
+    return np.ascontiguousarray(halves[1::2]), np.ascontiguousarray(halves[::2])

@@ -31,6 +31,7 @@ from lmpipe.topology import NodeInfo
 log = logging.getLogger("lmpipe.producer")
 
 MISSED_BEATS = 3
+SILENCE_S = 1.0
 CONNECTING_S = 0.02
 OUTBOX_MESSAGES = 4096
 
@@ -119,6 +120,7 @@ class Link:
         self._next_beat_s = 0.0
         self._eager_until_s = 0.0
         self._last_pong_s = 0.0
+        self._unanswered = 0
         self._thread = threading.Thread(target=self._run, name="lmpipe-link", daemon=True)
         self._thread.start()
 
@@ -189,7 +191,9 @@ class Link:
             self._changed.notify_all()
 
     def _beat(self, now_s: float) -> None:
-        if self.state == "ready" and now_s - self._last_pong_s > MISSED_BEATS * self._beat_s:
+        # Unanswered pings count, and time beside them: this thread may have been the one that did not run.
+        silent_s = now_s - self._last_pong_s
+        if self.state == "ready" and self._unanswered >= MISSED_BEATS and silent_s > max(self._beat_s, SILENCE_S):
             self._lost("no answer from gather")
         if self.state == "refused":
             return
@@ -201,6 +205,7 @@ class Link:
                     self._next_beat_s = now_s + CONNECTING_S
         elif self._client is not None and self.attachment is not None:
             self._client.send("load", m.Ping(session=self.attachment.session.id, sent_ns=time.monotonic_ns()))
+            self._unanswered += 1
         self._on_beat(self.attachment)
 
     def _attach(self) -> None:
@@ -256,12 +261,12 @@ class Link:
     def _dispatch(self, message: m.Message) -> None:
         match message:
             case m.Pong():
-                self._last_pong_s = time.monotonic()
+                self._last_pong_s, self._unanswered = time.monotonic(), 0
                 if self.registered is not None and message.session != self.registered.session:
                     self._lost("gather was restarted")
                     self._next_beat_s = 0.0
             case m.Registered() if self.attachment is not None:
-                self._last_pong_s = time.monotonic()
+                self._last_pong_s, self._unanswered = time.monotonic(), 0
                 self.registered = message
                 self._on_ready(self.attachment, message)
                 self._set_state("ready", "")

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from lmpipe import messages as m
 from lmpipe import native
 from lmpipe.handles import ChunkRecords, Tier
-from lmpipe.producer.attachment import TIERS, Attachment, Found
+from lmpipe.producer.attachment import TIERS, Attachment, Found, slots_of
 from lmpipe.producer.link import Answer, Link
 from lmpipe.producer.saving import PageIds
 
@@ -152,9 +152,7 @@ class Loader:
     ) -> None:
         at = np.array([arrivals.waiting.pop(key, -1) for key in chunks["key"].tolist()], np.intp)
         chunks, at = chunks[at >= 0], at[at >= 0]
-        places = chunks["place"]
-        slots, generations = (places >> np.uint64(32)).astype(np.uint32), places.astype(np.uint32)
-        holds = attachment.holds.take(attachment.arena, slots, generations, load_id)
+        holds = attachment.holds.take(attachment.arena, *slots_of(chunks), load_id)
         held = len(holds)
         if held < len(at):
             arrivals.failed.add("evicted before it was copied")

@@ -261,6 +261,9 @@ class Saver:
             message = m.Save(attachment.session.id, ticket.save_id, "arena", records, _NO_PAGES, -1)
             if len(records) and not self._link.post("save", message):
                 ticket.count(dropped=len(records), reason="gather busy")
+            elif job.first + at > len(records):  # the head stays more recent than what came after it
+                so_far = chunk_records(job.prompt, 0, job.first + at, self._wanted())
+                self._link.post("save", m.Touch(attachment.session.id, so_far))
             self._leases.done(slots)
 
     def _fill(

@@ -192,27 +192,30 @@ class DramTier:
             self._file(row)
         return row
 
-    def reserve(self, nbytes: int, owner: SessionId) -> Slot | None:
-        """Lease a slot, evicting what was wanted least. None: everything left is pinned, held or being written."""
+    def reserve(self, nbytes: int, owner: SessionId, more: int = 0) -> Slot | None:
+        """Lease a slot, evicting what was wanted least. None: everything left is pinned, held or being written.
+
+        `more` slots of this size are wanted right after: what has to go for them goes in the same index transaction.
+        """
         slot = self.arena.lease(nbytes, owner)
         if slot is None and self._doomed:
             self.sweep()
             slot = self.arena.lease(nbytes, owner)
         if slot is not None or nbytes > self.arena.capacity_bytes:
             return slot
-        for victims in self._victims(nbytes):
+        for victims in self._victims(nbytes, more):
             self._evict(victims)
             slot = self.arena.lease(nbytes, owner)
             if slot is not None:
                 return slot
         return None
 
-    def _victims(self, nbytes: int) -> Iterable[list[Row]]:
+    def _victims(self, nbytes: int, more: int) -> Iterable[list[Row]]:
         """What to evict, step by step: least recent rows worth `nbytes`, more of them while those that went are held;
         then, if memory is in pieces, the cheapest neighbours.
         """
         now_s = self._now_s()
-        yield self._least_recent(nbytes, now_s)
+        yield self._least_recent(nbytes * (1 + more), now_s)
         while not self.arena.slots_free or self.arena.free_bytes < nbytes:
             batch = self._least_recent(nbytes, now_s)
             if not batch:

@@ -112,6 +112,12 @@ def test_a_tail_goes_before_its_head_and_the_older_prompt_first(bench: Bench) ->
     assert sorted(int(r["position"]) for r in bench.tier.take_evicted()) == [2, 3]
 
 
+def test_one_transaction_makes_room_for_several(bench: Bench) -> None:
+    bench.save(1, range(8))
+    assert bench.tier.reserve(CHUNK_BYTES, ME, more=3) is not None
+    assert bench.found(1) == [0, 1, 2, 3] and bench.arena.free_bytes == 3 * CHUNK_BYTES
+
+
 def test_touch_saves_a_prompt(bench: Bench) -> None:
     bench.save(1, range(4))
     bench.save(2, range(4))

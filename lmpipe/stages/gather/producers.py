@@ -134,7 +134,7 @@ class Producers:
         wanted = max(1, min(self._leases, engine.hello.leases, share))
         fresh: list[Slot] = []
         while len(engine.leases) < wanted:
-            slot = self._dram.reserve(engine.chunk_bytes, engine.session)
+            slot = self._dram.reserve(engine.chunk_bytes, engine.session, wanted - len(engine.leases) - 1)
             if slot is None:
                 break
             engine.leases.add(slot.index)

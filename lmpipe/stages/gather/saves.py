@@ -11,6 +11,7 @@ import numpy as np
 from lmpipe import messages as m
 from lmpipe import native
 from lmpipe.handles import ChunkRecords, Codec, SessionId, Slot, Tier
+from lmpipe.index import index_keys
 from lmpipe.lifecycle import SlotEvent, SlotState
 from lmpipe.shm.hold import HoldScanner
 from lmpipe.stages.base import Context, Peer
@@ -156,8 +157,8 @@ class Saves:
             self._drop(save.peer, message.save_id, "revoked", chunks)
             return True
         slots: list[Slot] = []
-        for _ in range(len(chunks)):
-            slot = self._dram.reserve(engine.chunk_bytes, self._session)
+        for more in range(len(chunks) - 1, -1, -1):
+            slot = self._dram.reserve(engine.chunk_bytes, self._session, more)
             if slot is None:
                 break
             self._dram.arena.advance(slot, SlotEvent.OPEN)
@@ -196,6 +197,7 @@ class Saves:
             arena.set_record(slot.index, record)
             arena.advance(slot, SlotEvent.CLOSE)
         self.make_visible([slot.index for slot in slots], self._bits, engine.session)
+        self._dram.touch(index_keys(message.chunks[: save.at]))  # the head stays more recent than what came after it
         self._answer_save(save.peer, message.save_id, chunks)
 
     def released(self, message: m.Release) -> None:
