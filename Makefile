@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-gpu lint types contract native clean
+.PHONY: setup demo test lint types contract native clean
 
 setup: $(STAMP)
 
@@ -23,9 +23,6 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
-
-test-gpu: setup
-	$(BIN)/python -m pytest tests/gpu
 
 lint: setup
 	$(BIN)/ruff check .
