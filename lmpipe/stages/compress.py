@@ -81,7 +81,7 @@ class Compress:
         self._arena, self._ring, self._sources, self._tiers = arena, ring, sources, tuple(tiers)
         self._links = Links(context)
         self._recalls = Recalls(context, self._links, None)
-        self._saves: deque[np.void] = deque()
+        self._saves: deque[np.void | m.Invalidate] = deque()
         self._sent: dict[int, _Sent] = {}
         self._by_name: dict[Name, int] = {}
         self._wanted: dict[Name, _Wanted] = {}
@@ -108,7 +108,7 @@ class Compress:
             case m.Cancel():
                 self._context.down("load", message)
             case m.Invalidate():
-                self._recalls.begin(message)
+                self._saves.append(message)  # behind the saves that came before it
             case _:
                 self._context.count("unexpected_messages")
 
@@ -138,8 +138,14 @@ class Compress:
     # ---- save ----
 
     def _encode_next(self) -> bool:
-        """Begin with the first save that waits. False: the ring is full."""
+        """Begin with what is first: a save, or an invalidation, which no save may pass. False: the ring is full."""
         record = self._saves[0]
+        if isinstance(record, m.Invalidate):
+            if self._encoding:
+                return False
+            self._saves.popleft()
+            self._recalls.begin(record)
+            return True
         known = self._by_name.get(_name(record))
         if known is not None:  # asked again while tiers still have it
             self._saves.popleft()
