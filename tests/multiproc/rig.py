@@ -45,15 +45,16 @@ LAYOUT = KVLayout.paged(2, 2, 32, "float16", 4)
 BIG = KVLayout.paged(32, 8, 128, "float16", 16)
 """2 MiB for each chunk of 16 tokens."""
 
-RESTARTS = {"budget": 1000, "window_s": 1}
-DRAM_ONLY: dict[str, Any] = {"tiers": {"ssd": None}, "restarts": RESTARTS}
+CALM: dict[str, Any] = {"restarts": {"budget": 1000, "window_s": 1}, "heartbeat_ms": 300}
+"""Any number of deaths; and a busy machine is not taken for a dead gather."""
+DRAM_ONLY: dict[str, Any] = {"tiers": {"ssd": None}, **CALM}
 
 
 def all_tiers(directory: Path, *, dram: str = "32MiB", codec: str = "zstd") -> dict[str, Any]:
     """Every stage in a process of its own; the remote tier's objects lie in `directory`."""
     remote = {"url": f"file://{directory}/remote", "capacity": "64MiB", "codec": codec}
     tiers = {"dram": {"capacity": dram}, "ssd": {"codec": codec}, "remote": remote}
-    return {"tiers": tiers, "restarts": RESTARTS}
+    return {"tiers": tiers, **CALM}
 
 
 PageIds = npt.NDArray[np.int32]

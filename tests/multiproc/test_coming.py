@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import yaml
-from rig import CHUNK_TOKENS, DRAM_ONLY, LAYOUT, RESTARTS, WAIT_S, Engine, assert_nothing_leaks, tokens_of, until
+from rig import CALM, CHUNK_TOKENS, DRAM_ONLY, LAYOUT, WAIT_S, Engine, assert_nothing_leaks, tokens_of, until
 from rig import until_whole as until_registered
 
 from lmpipe.engines.paged import PagedEngine
@@ -128,7 +128,7 @@ def test_the_run_directory_removed_under_a_living_engine(node: Node) -> None:
 
 def test_a_find_of_a_former_node_is_never_loaded_from_slots_of_this_one() -> None:
     """Both arenas have a slot of that number and generation; one holds the chunk, the engine has the other mapped."""
-    with Node({"restarts": RESTARTS}) as node, Engine(node.run_dir) as engine:
+    with Node(CALM) as node, Engine(node.run_dir) as engine:
         until_registered(node, engine)
         for seed in (1, 2):
             assert engine.save(engine.prompt(seed, 8)).wait(0)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from rig import RESTARTS, Engine, until_whole
+from rig import CALM, Engine, until_whole
 
 from lmpipe.handles import Tier
 from lmpipe.testing import Node
@@ -19,7 +19,7 @@ BLOCK = 4096
 
 @pytest.fixture
 def node() -> Iterator[Node]:
-    with Node({"restarts": RESTARTS, "tiers": {"ssd": {"segment": "1MiB", "capacity": "16MiB"}}}) as node:
+    with Node({**CALM, "tiers": {"ssd": {"segment": "1MiB", "capacity": "16MiB"}}}) as node:
         yield node
 
 

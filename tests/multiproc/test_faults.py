@@ -29,6 +29,7 @@ from rig import (
     slot_states,
     tokens_of,
     until,
+    until_whole,
 )
 
 import lmpipe
@@ -81,7 +82,7 @@ def test_fault_02_what_a_dead_writer_left_is_never_a_hit(node: Node, state: str,
         assert survivor.found(prompt) == 0
         assert_nothing_leaks(node, LEASES)
         assert survivor.found(prompt) == 0
-        until(lambda: survivor.producer.state == "ready")
+        until_whole(node, survivor)
         assert survivor.save(prompt).saved == 1
         assert survivor.load(prompt).chunks == 1
         until(lambda: survivor.producer.invalidate(prompt) >= 0)

@@ -68,7 +68,7 @@ def test_random_use_by_many_engines_is_right_and_keeps_to_every_capacity(node: N
     until_whole(node)
     engines = [EngineProcess(node, mapped=mapped, tenant="churn") for mapped in (False, True, True)]
     for number, engine in enumerate(engines):
-        engine.tell("churn", seed=seed + number, prompts=40, chunks=24, seconds=4)
+        engine.tell("churn", seed=seed + number, prompts=40, chunks=24, seconds=3)
     watching = threading.Event()
     most = {"ssd": 0, "remote": 0}
 

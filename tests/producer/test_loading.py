@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rig import CHUNK_TOKENS, RESTARTS, Engine, assert_nothing_leaks, until, until_whole
+from rig import CALM, CHUNK_TOKENS, Engine, assert_nothing_leaks, until, until_whole
 
 from lmpipe.handles import Tier
 from lmpipe.producer.admission import EXPLORE_EVERY
@@ -22,7 +22,7 @@ Make = Callable[..., Engine]
 @pytest.fixture(scope="module")
 def node() -> Iterator[Node]:
     """DRAM and SSD; few holds for each producer."""
-    with Node({"restarts": RESTARTS, "engines": {"hold_entries": 64}}) as node:
+    with Node({**CALM, "engines": {"hold_entries": 64}}) as node:
         until_whole(node)
         yield node
 

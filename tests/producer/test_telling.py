@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from rig import BIG, LAYOUT, RESTARTS, WAIT_S, Engine, until, until_whole
+from rig import BIG, CALM, LAYOUT, WAIT_S, Engine, until, until_whole
 
 from lmpipe import producer as producer_module
 from lmpipe.engines.paged import PagedEngine
@@ -25,7 +25,7 @@ Make = Callable[..., Engine]
 @pytest.fixture(scope="module")
 def node() -> Iterator[Node]:
     """DRAM, for 64 chunks, and SSD."""
-    changes = {"restarts": RESTARTS, "tiers": {"dram": {"capacity": "1MiB", "slots": 64}}}
+    changes = {**CALM, "tiers": {"dram": {"capacity": "1MiB", "slots": 64}}}
     with Node(changes) as node:
         until_whole(node)
         yield node
