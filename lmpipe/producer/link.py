@@ -31,7 +31,6 @@ from lmpipe.topology import NodeInfo
 log = logging.getLogger("lmpipe.producer")
 
 MISSED_BEATS = 3
-SILENCE_S = 1.0
 CONNECTING_S = 0.02
 OUTBOX_MESSAGES = 4096
 
@@ -192,8 +191,8 @@ class Link:
 
     def _beat(self, now_s: float) -> None:
         # Unanswered pings count, and time beside them: this thread may have been the one that did not run.
-        silent_s = now_s - self._last_pong_s
-        if self.state == "ready" and self._unanswered >= MISSED_BEATS and silent_s > max(self._beat_s, SILENCE_S):
+        silent = now_s - self._last_pong_s > MISSED_BEATS * self._beat_s
+        if self.state == "ready" and silent and self._unanswered >= MISSED_BEATS:
             self._lost("no answer from gather")
         if self.state == "refused":
             return

@@ -44,12 +44,14 @@ def test_events_tell_of_every_chunk(make_engine: Make, mapped: bool) -> None:
     assert sorted(told["saved"]) == sorted(keys)
     assert engine.load(prompt).chunks == 10
     assert told["loaded"] == keys
+    dropped = 0
     for seed in range(2, 10):
-        engine.save(engine.prompt(seed, 10))
+        dropped += sum(engine.save(engine.prompt(seed, 10)).dropped.values())
     until(lambda: set(keys) <= set(told["evicted"]))
     ticket = engine.send(engine.prompt(11, 2), engine.prefill(engine.prompt(11, 2)))
     engine.producer.cancel(ticket)
-    assert not told["failed"]
+    # Under pressure some find no room, and some are evicted before a tier below took them; what was persisted is neither.
+    assert len(told["failed"]) >= dropped and not set(told["failed"]) & set(keys)
     with pytest.raises(ValueError, match="unknown event"):
         engine.producer.on("stored", print)
 
