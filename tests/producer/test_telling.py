@@ -50,7 +50,7 @@ def test_events_tell_of_every_chunk(make_engine: Make, mapped: bool) -> None:
     until(lambda: set(keys) <= set(told["evicted"]))
     ticket = engine.send(engine.prompt(11, 2), engine.prefill(engine.prompt(11, 2)))
     engine.producer.cancel(ticket)
-    # Under pressure some find no room, and some are evicted before a tier below took them; what was persisted is neither.
+    # Under pressure some find no room, some are evicted before a tier below took them; none of that was persisted.
     assert len(told["failed"]) >= dropped and not set(told["failed"]) & set(keys)
     with pytest.raises(ValueError, match="unknown event"):
         engine.producer.on("stored", print)
