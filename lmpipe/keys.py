@@ -125,14 +125,20 @@ class Prompt:
     """
 
     namespace: bytes
+    """Digest that opens the chain: 32 bytes."""
     chunk_tokens: int
     tokens: int = 0
     keys: npt.NDArray[np.uint8] = field(default_factory=lambda: np.empty((0, KEY_BYTES), np.uint8))
     """(chunks, 16)."""
     index_keys: list[bytes] = field(default_factory=list[bytes])
     """anchor ‖ key of every whole chunk, as the index stores them."""
+    root: bytes = b""
+    """Digest of the namespace that is invalidated as one; `namespace` is it, or made from it for one adapter or salt."""
     _tail: Tokens = field(default_factory=lambda: np.empty(0, np.uint32))
     _extras: list[Extra] = field(default_factory=list[Extra])
+
+    def __post_init__(self) -> None:
+        self.root = self.root or self.namespace
 
     @classmethod
     def of(
@@ -141,19 +147,35 @@ class Prompt:
         chunk_tokens: int,
         tokens: Sequence[int] | npt.NDArray[np.integer],
         extras: Iterable[Extra] = (),
+        root: bytes = b"",
     ) -> Prompt:
-        """Hash a prompt.
+        """Hash a prompt. `root`: the namespace that `namespace` was made from, if it is not that itself.
 
         Raises:
             UnsupportedError: an extra of unknown kind; the prompt must not be cached.
             ValueError: tokens that cannot be keyed.
         """
-        prompt = cls(namespace, chunk_tokens)
+        prompt = cls(namespace, chunk_tokens, root=root)
         prompt.extend(tokens, extras)
         return prompt
 
+    @classmethod
+    def of_keys(cls, root: bytes, chunk_tokens: int, keys: npt.NDArray[np.uint8]) -> Prompt:
+        """A prompt whose (chunks, 16) keys were made in another process; it cannot be extended."""
+        prompt = cls(b"", chunk_tokens, len(keys) * chunk_tokens, keys, root=root)
+        prompt.index_keys = prompt._anchored(0)
+        return prompt
+
+    def part(self, first: int) -> Prompt:
+        """The chunks from `first` on, to be looked up only: anchors of records are counted from the whole prompt's start.
+        """
+        tokens = max(self.tokens - first * self.chunk_tokens, 0)
+        return Prompt(self.namespace, self.chunk_tokens, tokens, self.keys[first:], self.index_keys[first:], self.root)
+
     def extend(self, tokens: Sequence[int] | npt.NDArray[np.integer], extras: Iterable[Extra] = ()) -> None:
         """Append confirmed tokens; hashes only the chunks that become whole."""
+        if not self.namespace:
+            raise ValueError("a prompt made of keys cannot be extended: the chain's namespace is not known here")
         fresh = as_tokens(tokens)
         self._extras.extend(extras)
         self.tokens += len(fresh)

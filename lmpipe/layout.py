@@ -136,9 +136,10 @@ class KVLayout:
         """Bytes of one chunk's payload."""
         return self.chunk_pages(chunk_tokens) * self.page_bytes * self.plane_count
 
-    def effective_chunk_tokens(self, configured: int = CHUNK_TOKENS) -> int:
-        """The smallest multiple of the page size that is at least `configured`."""
-        return -(-configured // self.page_tokens) * self.page_tokens
+    def effective_chunk_tokens(self, configured: int = CHUNK_TOKENS, align_tokens: int = 1) -> int:
+        """The smallest multiple of the page size, and of `align_tokens`, that is at least `configured`."""
+        unit = math.lcm(self.page_tokens, align_tokens)
+        return -(-configured // unit) * unit
 
     @property
     def layer_pieces(self) -> int:

@@ -156,7 +156,7 @@ class Pass:
         chunks = len(prompt.index_keys) - first
         while tickets and tickets[0].copied.is_set():
             tickets.popleft()
-        if chunks <= 0 or prompt.namespace != self.producer.namespace or len(tickets) >= SAVES_IN_FLIGHT:
+        if chunks <= 0 or prompt.root != self.producer.namespace or len(tickets) >= SAVES_IN_FLIGHT:
             return 0
         seen.update(prompt.index_keys[first:])
         start = row.row.pad + first * chunk

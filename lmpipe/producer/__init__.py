@@ -1,12 +1,11 @@
 """The engine's side of lmpipe: look up, load, save. Knows no engine, never blocks one, never fails one.
 
-    producer = Producer(run_dir, layout, model="llama-3-8b") prompt = producer.prompt(token_ids)
-    # hashed once with producer.lookup(prompt) as found:                       # in this process: no socket, no lock
-    shared with a writer
-        loaded = producer.load(found, pool, page_ids)            # copied by this process; loaded.tokens are in the
-        pages
+    producer = Producer(run_dir, layout, model="llama-3-8b")
+    prompt = producer.prompt(token_ids)                       # hashed once
+    with producer.lookup(prompt) as found:                    # in this process: no socket, no lock shared with a writer
+        loaded = producer.load(found, pool, page_ids)         # copied by this process; loaded.tokens are in the pages
     …compute the rest…
-    ticket = producer.save(prompt, pool, page_ids)               # returns at once
+    ticket = producer.save(prompt, pool, page_ids)            # returns at once
 
 When lmpipe is absent every lookup misses and every save is dropped, each counted; when it comes (back), the producer
 registers again by itself. All methods may be called from any thread, but a `Prompt` belongs to one thread at a time.
@@ -60,10 +59,12 @@ class Producer:
         layout: this rank's KV layout.
         model, revision, tenant, weights_epoch, rope, adapter, cache_salt: what KV depends on besides tokens; see
             `keys.Namespace`.
+        root: the namespace instead, where an engine's ranks and cache groups share one; its chunk size is not used.
         chunk_tokens: tokens of a chunk, a multiple of the layout's page; None: the node's setting (256 until a node is
-        seen).
+        seen), rounded up to a multiple of the page and of `align_tokens`.
         shard, shards: which part of each chunk's KV this rank holds.
         pages: the engine's pages where they lie in a named shared segment: gather then copies them for saves.
+        saves: whether slots are wanted for saving private pages.
         copy_threads: native threads for each direction of copying.
         ttl_s: how long saved chunks stay valid; 0 for ever.
 
@@ -76,31 +77,36 @@ class Producer:
         run_dir: str | os.PathLike[str],
         layout: KVLayout,
         *,
-        model: str,
+        model: str = "",
         revision: str = "",
         tenant: str = "default",
         weights_epoch: int = 0,
         rope: str = "",
         adapter: str = "",
         cache_salt: str = "",
+        root: Namespace | None = None,
         name: str = "engine",
         chunk_tokens: int | None = None,
+        align_tokens: int = 1,
         shard: int = 0,
         shards: int = 1,
         pages: MappedPages | None = None,
+        saves: bool = True,
         copy_threads: int = 1,
         ttl_s: int = 0,
         wait_s: float = 0.0,
     ) -> None:
         if not 0 <= shard < shards:
             raise LayoutError(f"shard {shard} is not one of {shards}")
+        if root is None and not model:
+            raise ValueError("a producer needs the name of its model: it is part of every key")
         self.layout, self.name = layout, name
-        self._root = Namespace(
+        self._root = root or Namespace(
             model, revision, layout.layout_id(), layout.dtype, 0, tenant, weights_epoch, rope, adapter, cache_salt
         )
-        self._shard, self._shards, self._pages = shard, shards, pages
-        self._configured_chunk = chunk_tokens
-        self._set_chunk(chunk_tokens or layout.effective_chunk_tokens(CHUNK_TOKENS))
+        self._shard, self._shards, self._pages, self._saves = shard, shards, pages, saves
+        self._configured_chunk, self._align = chunk_tokens, align_tokens
+        self._set_chunk(chunk_tokens or layout.effective_chunk_tokens(CHUNK_TOKENS, align_tokens))
         self._ids = itertools.count(int.from_bytes(os.urandom(4), "little") << 24 | 1)
         self._accounts = Accounts(name)
         self.admission = Admission()
@@ -120,6 +126,11 @@ class Producer:
         self.chunk_bytes = self.layout.chunk_bytes(chunk_tokens)
         self.namespace = replace(self._root, chunk_tokens=chunk_tokens).digest()
         self._wanted = Wanted(self.layout.layout_id(), self.chunk_bytes, self._shard, self._shards)
+
+    def renew(self, weights_epoch: int) -> None:
+        """The engine's weights are others from now on: prompts made so far find and save nothing any more."""
+        self._root = replace(self._root, weights_epoch=weights_epoch)
+        self._set_chunk(self.chunk_tokens)
 
     # State.
 
@@ -156,32 +167,50 @@ class Producer:
 
     # The three verbs of an engine.
 
-    def prompt(self, tokens: Sequence[int] | npt.NDArray[np.integer[Any]], extras: Iterable[Extra] = ()) -> Prompt:
-        """Hash a request's confirmed tokens, once; `Prompt.extend` adds more.
+    def prompt(
+        self,
+        tokens: Sequence[int] | npt.NDArray[np.integer[Any]],
+        extras: Iterable[Extra] = (),
+        *,
+        adapter: str = "",
+        cache_salt: str = "",
+    ) -> Prompt:
+        """Hash a request's confirmed tokens, once; `Prompt.extend` adds more. `adapter` and `cache_salt`: this request's.
 
         Raises:
             UnsupportedError: an extra of unknown kind: do not cache this request.
             ValueError: not a one-dimensional run of token ids.
         """
-        return Prompt.of(self.namespace, self.chunk_tokens, tokens, extras)
+        root, namespace = self.namespace, self.namespace
+        if adapter or cache_salt:
+            own = replace(self._root, chunk_tokens=self.chunk_tokens, adapter=adapter, cache_salt=cache_salt)
+            namespace = own.digest()
+        return Prompt.of(namespace, self.chunk_tokens, tokens, extras, root)
 
-    def lookup(self, prompt: Prompt, max_tokens: int | None = None) -> Found:
-        """The longest saved prefix, in whole chunks of at most `max_tokens` tokens, its DRAM part held until released
-        or loaded.
+    def lookup(
+        self, prompt: Prompt, max_tokens: int | None = None, *, first_chunk: int = 0, admit: bool = True
+    ) -> Found:
+        """The longest saved run from chunk `first_chunk` on, in whole chunks of at most the prompt's first `max_tokens`
+        tokens, its DRAM part held until released or loaded.
 
-        Served from maps of this process: no message, no lock shared with a writer. Any trouble is a miss.
+        Served from maps of this process: no message, no lock shared with a writer. Any trouble is a miss. `admit`
+        False: also what would take longer to load than to compute.
         """
         attachment = self._link.attachment
+        if first_chunk:
+            prompt = prompt.part(first_chunk)
+            max_tokens = None if max_tokens is None else max(max_tokens - first_chunk * self.chunk_tokens, 0)
         limit = prompt.tokens if max_tokens is None else min(max_tokens, prompt.tokens)
         chunks = limit // self.chunk_tokens
-        if not chunks or attachment is None or prompt.namespace != self.namespace or not attachment.enter():
+        if not chunks or attachment is None or prompt.root != self.namespace or not attachment.enter():
             self._accounts.count(lookups=1, lookup_tokens=prompt.tokens)
             return Found(self.chunk_tokens, m.no_chunks(), _EMPTY)
         try:
             found = attachment.lookup(prompt, chunks, self._wanted, next(self._ids))
         finally:
             attachment.leave()
-        found = self.admission.admit(found)
+        if admit:
+            found = self.admission.admit(found)
         self._accounts.count(lookups=1, lookup_tokens=prompt.tokens, hit_tokens=found.tokens)
         return found
 
@@ -251,7 +280,7 @@ class Producer:
             ticket.count()
         elif prompt.tokens < self.admission.min_tokens:
             self._saver.finish(ticket, "short prompt")
-        elif self.state != "ready" or prompt.namespace != self.namespace:
+        elif self.state != "ready" or prompt.root != self.namespace:
             self._saver.finish(ticket, "lmpipe absent")
         else:
             self._saver.put(ticket, prompt, first_chunk, pool, page_ids)
@@ -373,7 +402,7 @@ class Producer:
 
     def _hello(self, attachment: Attachment) -> m.Register:
         if self._configured_chunk is None:
-            chunk = self.layout.effective_chunk_tokens(attachment.info.topology.chunk_tokens)
+            chunk = self.layout.effective_chunk_tokens(attachment.info.topology.chunk_tokens, self._align)
             if chunk != self.chunk_tokens:
                 self._set_chunk(chunk)
         return m.Register(
@@ -387,7 +416,7 @@ class Producer:
             shard=self._shard,
             shards=self._shards,
             namespace=self.namespace.hex(),
-            leases=attachment.info.topology.engines.leases,
+            leases=attachment.info.topology.engines.leases if self._saves else 0,
             pages=self._pages,
         )
 

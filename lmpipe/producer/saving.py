@@ -48,7 +48,7 @@ def chunk_records(prompt: Prompt, first: int, count: int, wanted: Wanted, ttl_s:
     records["raw_bytes"] = records["nbytes"] = wanted.chunk_bytes
     records["saved_at"] = now_s
     records["expires_at"] = now_s + ttl_s if ttl_s else 0
-    records["namespace"] = namespace_id(prompt.namespace)
+    records["namespace"] = namespace_id(prompt.root)
     return records
 
 
@@ -173,7 +173,7 @@ class Saver:
         self, ticket: SaveTicket, prompt: Prompt, first: int, pool: native.PagePool | None, page_ids: PageIds
     ) -> None:
         """Queue a save. Called on the engine's thread: no copy, no socket, no index read."""
-        view = Prompt(prompt.namespace, prompt.chunk_tokens, prompt.tokens, prompt.keys, prompt.index_keys)
+        view = prompt.part(0)  # an engine's prompt goes on growing
         records = chunk_records(prompt, first, ticket.chunks, self._wanted(), self._ttl_s)
         # The ids are copied: an engine's block table goes on changing.
         job = _Job(ticket, view, records, first, pool, np.array(page_ids, np.int32, order="C"))

@@ -128,7 +128,7 @@ class Producers:
 
     def top_up(self, engine: Engine) -> list[Slot]:
         """Lend it slots up to its share. Returns the new ones."""
-        if engine.pool is not None:
+        if engine.pool is not None or not engine.hello.leases:
             return []
         share = self._dram.arena.capacity_bytes // LENT_PART // max(len(self._engines), 1) // engine.chunk_bytes
         wanted = max(1, min(self._leases, engine.hello.leases, share))
