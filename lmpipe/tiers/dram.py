@@ -5,9 +5,10 @@ use, and a prompt is
 touched from its tail to its head, so that the head is always the more recent: eviction takes a prompt's tail first, and
 no row outlives the prefix it needs. Rows that still have to be persisted wait in a queue of their own and go last.
 
-Eviction removes the row from the index, dooms its slots (no new hold succeeds), and frees them at once or, when a
-reader still holds one, as soon as the hold is gone. Recency lives in this process only; after a restart it is rebuilt
-from the slot headers.
+Eviction passes over rows of which any slot is held: they would free nothing at once, and others, who are to read the
+same chunks, must go on finding them. It removes a row from the index, dooms its slots (no new hold succeeds), and frees
+them at once or, when a reader was quicker than the doom, as soon as the hold is gone. Recency lives in this process
+only; after a restart it is rebuilt from the slot headers.
 
 Owns the `dram` index and the arena's slots. Knows no messages and no engine. Not thread-safe: gather's loop is the only
 caller.
@@ -28,12 +29,15 @@ from lmpipe.index import IndexWriter, index_key
 from lmpipe.lifecycle import SlotEvent, SlotState
 from lmpipe.shm.slots import SlotOwner
 
+_PLACE_AT, _PLACE_END = 48, 56
+"""Where `place` lies in a chunk record (handles.py)."""
+
 
 class HeldSlots(Protocol):
     """Tells which slots are held: `shm.hold.HoldScanner`, or a set in a test."""
 
     def held(self) -> frozenset[int]:
-        """Hold words (slot << 32 | generation) of every living session, read after a fence."""
+        """Hold words (`Slot.place`) of every living session, read after a fence."""
         ...
 
 
@@ -53,6 +57,10 @@ class Row:
     def value(self) -> bytes:
         """The row as the index stores it: the shards' records in order."""
         return b"".join(self.records[shard] for shard in sorted(self.records))
+
+    def is_held(self, held: frozenset[int]) -> bool:
+        """Whether any shard's slot is among these hold words."""
+        return any(int.from_bytes(record[_PLACE_AT:_PLACE_END], "little") in held for record in self.records.values())
 
 
 class DramTier:
@@ -196,6 +204,7 @@ class DramTier:
         """Lease a slot, evicting what was wanted least. None: everything left is pinned, held or being written.
 
         `more` slots of this size are wanted right after: what has to go for them goes in the same index transaction.
+        What is held is not evicted, and stays to be found.
         """
         slot = self.arena.lease(nbytes, owner)
         if slot is None and self._doomed:
@@ -211,29 +220,34 @@ class DramTier:
         return None
 
     def _victims(self, nbytes: int, more: int) -> Iterable[list[Row]]:
-        """What to evict, step by step: least recent rows worth `nbytes`, more of them while those that went are held;
-        then, if memory is in pieces, the cheapest neighbours.
+        """What to evict, step by step: least recent rows worth `nbytes`, more of them while those that went were taken
+        hold of in that moment; then, if memory is in pieces, the cheapest neighbours.
         """
         now_s = self._now_s()
-        yield self._least_recent(nbytes * (1 + more), now_s)
-        while not self.arena.slots_free or self.arena.free_bytes < nbytes:
-            batch = self._least_recent(nbytes, now_s)
-            if not batch:
-                return
+        wanted = nbytes * (1 + more)
+        while batch := self._least_recent(wanted, now_s):
             yield batch
+            wanted = nbytes
+            if self.arena.slots_free and self.arena.free_bytes >= nbytes:
+                break
+        if not self.arena.slots_free or self.arena.free_bytes < nbytes:
+            return
+        held = self._held.held()
         by_slot = {
             slot: row for queue in (self._clean, self._dirty) for row in queue.values() for slot in row.slots.values()
         }
         windows = [[by_slot[slot] for slot in window if slot in by_slot] for window in self.arena.window(nbytes)]
-        windows = [rows for rows in windows if rows and all(row.pinned_until_s <= now_s for row in rows)]
+        windows = [rows for rows in windows if rows and all(_may_go(row, now_s, held) for row in rows)]
         yield from sorted(windows, key=lambda rows: max(row.tick for row in rows))
 
     def _least_recent(self, nbytes: int, now_s: float) -> list[Row]:
+        """Rows worth `nbytes`, or all there are, that are neither pinned nor held."""
+        held = self._held.held()  # once for all of them; who takes hold of one after this is seen by `sweep`
         batch: list[Row] = []
         freed = 0
         for queue in (self._clean, self._dirty):
             for row in queue.values():
-                if row.pinned_until_s > now_s:
+                if not _may_go(row, now_s, held):
                     continue
                 batch.append(row)
                 freed += sum(self.arena.capacity(slot) for slot in row.slots.values())
@@ -310,6 +324,11 @@ class DramTier:
                     if state is not SlotState.COMMITTED or index_key(self.arena.record(index).tobytes()) != row.key:
                         wrong.append(f"row {row.key.hex()} shard {shard}: slot {index} is {state.name}")
         return wrong
+
+
+def _may_go(row: Row, now_s: float, held: frozenset[int]) -> bool:
+    """Whether eviction may take a row: neither pinned nor held."""
+    return row.pinned_until_s <= now_s and not (held and row.is_held(held))
 
 
 def _has_expired(record: bytes) -> bool:

@@ -126,10 +126,10 @@ def test_fault_03_leases_come_back_when_there_is_room_again(small: Node, monkeyp
 def test_fault_04_a_hit_below_is_served_while_dram_is_full(small: Node, readers: bool) -> None:
     """Also when what was wanted least is still held by a reader."""
     with Engine(small.run_dir, tenant=f"04 {readers}") as engine:
-        first = engine.prompt(1, 8)
-        assert engine.save(first).wait(0)
+        first, older = engine.prompt(1, 8), engine.prompt(1000, 8)
+        assert engine.save(older).wait(0) and engine.save(first).wait(0)
         assert engine.producer.flush(first, tiers=("ssd",))
-        held = engine.producer.lookup(first) if readers else None
+        held = engine.producer.lookup(older) if readers else None
         seed = 2
         while _in_dram(engine, first):
             assert engine.save(engine.prompt(seed, 8)).wait(WAIT_S)
@@ -140,6 +140,7 @@ def test_fault_04_a_hit_below_is_served_while_dram_is_full(small: Node, readers:
         assert (result.chunks, result.reason, result.by_tier) == (8, "", {Tier.SSD: 8})
         assert engine.load(first).by_tier == {Tier.DRAM: 8}
         if held is not None:
+            assert _in_dram(engine, older)
             held.release()
 
 

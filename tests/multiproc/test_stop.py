@@ -109,7 +109,9 @@ def test_gather_asleep_costs_what_lies_below_until_the_watchdog_ends_it(node: No
 
 
 def test_a_reader_asleep_keeps_what_it_holds(node: Node) -> None:
-    """While it sleeps its chunks are evicted and the arena is written over many times; what it copies then is right."""
+    """While it sleeps the arena is written over many times, and others still find what it holds; then even that is
+    removed. What it copies is right.
+    """
     with (
         EngineProcess(node, tenant="reader") as reader,
         Engine(node.run_dir, tenant="reader") as engine,
@@ -120,6 +122,10 @@ def test_a_reader_asleep_keeps_what_it_holds(node: Node) -> None:
         assert reader.ask("hold", seed=1, chunks=16) == 16
         with stopped(reader.pid):
             for turn in range(6):
+                assert large.save(large.prompt(turn, 10)).saved
+            assert engine.load(prompt).by_tier == {Tier.DRAM: 16}
+            engine.drop_from(prompt, Tier.DRAM)
+            for turn in range(6, 12):
                 assert large.save(large.prompt(turn, 10)).saved
             with engine.producer.lookup(prompt) as found:
                 assert Tier.DRAM not in found.by_tier

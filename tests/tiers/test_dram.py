@@ -26,13 +26,18 @@ MAP_BYTES = 1 << 20
 
 
 class Held:
-    """Hold words as a test sets them."""
+    """Hold words as a test sets them. `late` are taken between the choice of what goes and its doom."""
 
     def __init__(self) -> None:
         self.words: set[int] = set()
+        self.late: set[int] = set()
+        self.scans = 0
 
     def held(self) -> frozenset[int]:
-        return frozenset(self.words)
+        seen = frozenset(self.words)
+        self.words |= self.late
+        self.late, self.scans = set(), self.scans + 1
+        return seen
 
 
 class Bench:
@@ -74,10 +79,10 @@ class Bench:
         """Positions a lookup finds, each by itself."""
         return [at for at in range(chunks) if self.reader.run([self.key(prompt, at)])]
 
-    def slot(self, prompt: int, position: int) -> Slot:
+    def slot(self, prompt: int, position: int, shard: int = 0) -> Slot:
         row = self.tier.row(self.key(prompt, position))
         assert row is not None
-        index = row.slots[0]
+        index = row.slots[shard]
         return Slot(index, self.arena.state(index)[0])
 
     def close(self) -> None:
@@ -126,10 +131,30 @@ def test_touch_saves_a_prompt(bench: Bench) -> None:
     assert bench.found(1) == [0, 1, 2, 3] and bench.found(2) == [0, 1]
 
 
-def test_a_held_slot_is_not_reused_and_comes_back_when_released(bench: Bench) -> None:
+def test_a_held_row_stays_to_be_found_and_goes_when_released(bench: Bench) -> None:
     bench.save(1, range(8))
     held = bench.slot(1, 7)
     bench.held.words.add(held.place)
+    assert bench.save(2, range(4)) == [0, 1, 2, 3]
+    assert bench.arena.state(held.index) == (held.generation, SlotState.COMMITTED)
+    assert bench.found(1) == [0, 1, 2, 7] and bench.found(2) == [0, 1, 2, 3]
+    bench.held.words.clear()
+    bench.save(3, range(1))
+    assert bench.found(1) == [0, 1, 2] and bench.found(3) == [0]
+
+
+def test_a_hold_on_a_former_life_of_a_slot_keeps_nothing(bench: Bench) -> None:
+    bench.save(1, range(8))
+    slot = bench.slot(1, 7)
+    bench.held.words.add(Slot(slot.index, slot.generation - 1).place)
+    bench.save(2, range(1))
+    assert bench.found(1) == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_a_slot_held_after_the_choice_is_not_reused_and_comes_back_when_released(bench: Bench) -> None:
+    bench.save(1, range(8))
+    held = bench.slot(1, 7)
+    bench.held.late.add(held.place)
     bench.save(2, range(1))
     assert bench.arena.state(held.index) == (held.generation, SlotState.DOOMED), "out of the index, but not free"
     assert bench.found(1) == [0, 1, 2, 3, 4, 5] and bench.found(2) == [0]
@@ -138,10 +163,35 @@ def test_a_held_slot_is_not_reused_and_comes_back_when_released(bench: Bench) ->
     assert bench.arena.state(held.index)[1] is SlotState.FREE
 
 
+@pytest.mark.parametrize("shard", [0, 1])
+def test_a_row_with_one_shard_held_is_kept_whole(bench: Bench, shard: int) -> None:
+    for each in range(2):
+        bench.save(1, range(2), shard=each, shards=2)
+    bench.held.words = {bench.slot(1, at, shard).place for at in range(2)}
+    assert bench.save(2, range(6)) == [0, 1, 2, 3]
+    assert bench.tier.reserve(2 * CHUNK_BYTES, ME) is not None, "of neighbours only those that are free to go"
+    assert all(len(bench.reader.run([bench.key(1, at)])[0]) == 144 for at in range(2))
+    bench.held.words.clear()
+    bench.save(3, range(6))
+    assert bench.found(1) == []
+
+
 def test_everything_held_is_full_not_an_error(bench: Bench) -> None:
     bench.save(1, range(8))
     bench.held.words = {bench.slot(1, at).place for at in range(8)}
     assert bench.tier.reserve(CHUNK_BYTES, ME) is None
+    assert bench.found(1) == list(range(8)), "nothing was given up for nothing"
+    bench.held.words.clear()
+    assert bench.tier.reserve(CHUNK_BYTES, ME) is not None
+
+
+def test_holds_are_read_once_for_a_batch_and_once_more_after_its_doom(bench: Bench) -> None:
+    bench.save(1, range(8))
+    bench.held.words.add(bench.slot(1, 7).place)
+    before = bench.held.scans
+    assert bench.tier.reserve(CHUNK_BYTES, ME, more=5) is not None
+    assert bench.held.scans == before + 2
+    assert bench.found(1) == [0, 7]
 
 
 def test_pins_outlast_pressure_and_end(bench: Bench) -> None:
@@ -222,7 +272,10 @@ def test_a_random_walk_keeps_the_invariants(bench: Bench) -> None:
         prompt, chunks = int(rng.integers(1, 5)), int(rng.integers(1, 9))
         match int(rng.integers(5)):
             case 0 | 1:
+                rows = [(key, bench.tier.row(key)) for key in bench.tier.keys(namespace=0)]
+                held = [key for key, row in rows if row is not None and row.is_held(bench.held.held())]
                 bench.save(prompt, range(chunks), pending=int(rng.integers(2)))
+                assert all(bench.tier.row(key) for key in held)
             case 2:
                 bench.tier.touch([bench.key(prompt, at) for at in range(chunks)])
             case 3:
