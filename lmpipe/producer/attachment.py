@@ -14,8 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from lmpipe.handles import CHUNK, ChunkRecords, Tier
-from lmpipe.index import IndexReader
+from lmpipe.index import IndexReader, is_complete
 from lmpipe.keys import Prompt
+from lmpipe.producer.shards import run_of_shards
+from lmpipe.producer.wanted import Wanted as Wanted
 from lmpipe.shm.descriptor import SegmentKind
 from lmpipe.shm.hold import Holds, HoldSet
 from lmpipe.shm.node import NodeWords
@@ -28,36 +30,6 @@ GRANTS = 1024
 """Saves of mapped pages that one producer may have in flight."""
 
 TIERS = (Tier.DRAM, Tier.SSD, Tier.REMOTE)
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """What a row must be to serve a producer: its own shard, layout and size, exact enough and not expired."""
-
-    layout: int
-    chunk_bytes: int
-    shard: int
-    shards: int
-    max_fidelity: int = 0
-    _pattern: npt.NDArray[np.uint64] = field(init=False, repr=False)
-    _mask: npt.NDArray[np.uint64] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        pattern, mask = np.zeros(1, CHUNK), np.zeros(1, CHUNK)
-        fixed = {"layout": self.layout, "raw_bytes": self.chunk_bytes, "shard": self.shard, "shards": self.shards}
-        for name, value in fixed.items():
-            pattern[name], mask[name] = value, np.iinfo(CHUNK[name]).max
-        object.__setattr__(self, "_pattern", pattern.view(np.uint64))
-        object.__setattr__(self, "_mask", mask.view(np.uint64))
-
-    def usable(self, records: ChunkRecords, now_s: float) -> npt.NDArray[np.bool_] | None:
-        """(n,) which of the records fit; None: all do, which one pass over the bytes tells."""
-        words = records.view(np.uint64).reshape(len(records), CHUNK.itemsize // 8)
-        unlike = (words ^ self._pattern) & self._mask
-        fidelity, expires = records["fidelity"], records["expires_at"]
-        if not (unlike.any() or fidelity.any() or expires.any()):
-            return None
-        return ~unlike.any(axis=1) & (fidelity <= self.max_fidelity) & ((expires == 0) | (expires > now_s))
 
 
 @dataclass(slots=True)
@@ -140,9 +112,10 @@ class Attachment:
         self._closed = False
 
     def all_in(self, tier: Tier, keys: list[bytes]) -> bool:
-        """Whether one tier has all of these chunks."""
+        """Whether one tier has all of these chunks, each with all its shards."""
         with self._reading:
-            return len(self.readers[TIERS.index(tier)].run(keys)) == len(keys)
+            rows = self.readers[TIERS.index(tier)].run(keys)
+        return len(rows) == len(keys) and all(map(is_complete, rows))
 
     def enter(self) -> bool:
         """Use the maps: every successful call is paired with `leave`. False: closed."""
@@ -199,8 +172,10 @@ class Attachment:
         self.node.close()
 
     def known(self, prompt: Prompt, first: int, wanted: Wanted) -> int:
-        """How many chunks from `first` on are in some tier already, without a gap; takes no holds."""
-        return len(self._run(prompt.index_keys, first, wanted)[0])
+        """How many chunks from `first` on are in some tier already, without a gap; takes no holds. Of rows of several
+        shards the own one counts: what other ranks have still to save is theirs.
+        """
+        return len(self._run(prompt.index_keys, first, wanted, own=True)[0])
 
     def lookup(self, prompt: Prompt, chunks: int, wanted: Wanted, request: int) -> Found:
         """The longest unbroken run of usable chunks from the start of the prompt, its DRAM part held."""
@@ -226,11 +201,16 @@ class Attachment:
             records, tiers, dram = records[:end], tiers[:end], dram[:held]
         return Found(prompt.chunk_tokens, records, tiers, holds, self, dram)
 
-    def _run(self, keys: list[bytes], first: int, wanted: Wanted) -> tuple[ChunkRecords, npt.NDArray[np.uint8]]:
+    def _run(
+        self, keys: list[bytes], first: int, wanted: Wanted, *, own: bool = False
+    ) -> tuple[ChunkRecords, npt.NDArray[np.uint8]]:
         """Records and tiers of the unbroken run from `first`; DRAM is asked first, the others only where it misses."""
+        if wanted.shards > 1:
+            with self._reading:
+                return run_of_shards(self.readers, keys, first, wanted, time.time(), own=own)
         values: list[bytes] = []
         counts: list[tuple[int, int]] = []
-        at, row_bytes = first, wanted.shards * CHUNK.itemsize
+        at = first
         with self._reading:  # readers are one thread's at a time
             while at < len(keys):
                 for tier, reader in enumerate(self.readers):
@@ -242,16 +222,14 @@ class Attachment:
                         break
                 else:
                     break
-                if len(values[-1]) != row_bytes:
+                if len(values[-1]) != CHUNK.itemsize:
                     break
         tiers = np.frombuffer(b"".join(bytes((tier,)) * count for tier, count in counts), np.uint8)
         flat = b"".join(values)
-        if len(flat) != len(values) * row_bytes:  # some row lacks shards: stop before it
-            whole = next(i for i, value in enumerate(values) if len(value) != row_bytes)
+        if len(flat) != len(values) * CHUNK.itemsize:  # some row has more shards: stop before it
+            whole = next(i for i, value in enumerate(values) if len(value) != CHUNK.itemsize)
             flat, tiers = b"".join(values[:whole]), tiers[:whole]
         records = np.frombuffer(flat, CHUNK)
-        if wanted.shards > 1:
-            records = np.ascontiguousarray(records[wanted.shard :: wanted.shards])
         usable = wanted.usable(records, time.time())
         if usable is not None and not usable.all():
             end = int(np.argmin(usable))

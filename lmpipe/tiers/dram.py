@@ -43,14 +43,15 @@ class HeldSlots(Protocol):
 
 @dataclass(slots=True)
 class Row:
-    """One chunk in DRAM. `records` and `slots` are by shard."""
+    """One chunk in DRAM. `records`, `slots` and `savers` are by shard."""
 
     key: bytes
     shards: int
     tick: int
-    saver: SessionId
     slots: dict[int, int] = field(default_factory=dict[int, int])
     records: dict[int, bytes] = field(default_factory=dict[int, bytes])
+    savers: dict[int, SessionId] = field(default_factory=dict[int, SessionId])
+    """The session that hears what becomes of the shard below; 0: none."""
     pinned_until_s: float = 0.0
 
     @property
@@ -139,9 +140,10 @@ class DramTier:
             rows[row.key] = row
             done.append(slot)
         if not self._index.put([(key, row.value) for key, row in rows.items()]):
-            # The index is full: what no lookup can find must not take room.
+            # The index is full: what no lookup can find must not take room. Other shards of these rows may be in it.
             for key in rows:
                 self._remove(key)
+            self._index.delete(list(rows))
             done = []
         self.sweep()
         return done[::-1]
@@ -160,9 +162,9 @@ class DramTier:
             row = None
         self._tick += 1
         if row is None:
-            row = Row(key, int(record["shards"]), self._tick, saver)
+            row = Row(key, int(record["shards"]), self._tick)
         row.tick = self._tick
-        row.slots[shard] = slot
+        row.slots[shard], row.savers[shard] = slot, saver
         row.records[shard] = record.tobytes()
         self._file(row)
         return row

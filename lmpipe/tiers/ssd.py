@@ -155,8 +155,10 @@ class SsdTier:
                     written, reason = written[:0], "the index is full"
                     break
             gone = ~np.isin(written["place"] >> 32, list(self._files))
-            if gone.any():  # its own file was given up for the room
-                self._delete_rows(index_keys(written[gone]), None)
+            if gone.any():  # its own file was given up for the room, and the row goes with all its shards
+                lost = set(index_keys(written[gone]))
+                gone = np.array([key in lost for key in index_keys(written)], np.bool_)
+                self._delete_rows(list(lost), None)
                 written, reason = written[~gone], "evicted at once"
             early, self._settled = self._settled, []
             parts = [*early, Stored(written, reason, join(evicted))]

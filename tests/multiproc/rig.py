@@ -74,11 +74,13 @@ def tokens_of(seed: int, chunks: int) -> npt.NDArray[np.uint32]:
 
 
 class Memory(PagedEngine):
-    """Content that a codec can shrink."""
+    """Content that a codec can shrink, another one for each shard."""
+
+    shard = 0
 
     def content(self, key: npt.NDArray[np.uint8], pages: int) -> npt.NDArray[np.uint8]:
-        """What the chunk of this key holds."""
-        return super().content(key, pages) & 0x0F
+        """What this shard of the chunk of this key holds."""
+        return super().content(key, pages) & 0x0F | np.uint8(self.shard << 4)
 
 
 class Engine:
@@ -97,6 +99,7 @@ class Engine:
         """`pages_in`: a private directory; given, the pages are a segment there, and gather copies them."""
         segment = None if pages_in is None else pages_in / f"pages-{os.getpid()}-{time.monotonic_ns()}.shm"
         self.memory = Memory(layout, pages, segment=segment)
+        self.memory.shard = identity.get("shard", 0)
         identity = {"model": "test", **identity}
         self.producer = Producer(run_dir, layout, pages=self.memory.source, wait_s=wait_s, **identity)
 

@@ -242,6 +242,29 @@ def test_a_full_index_is_no_hit_and_takes_no_room(bench: Bench, monkeypatch: pyt
     assert bench.arena.used_bytes == 0 and len(bench.tier) == 0
 
 
+def test_a_full_index_leaves_no_half_of_a_row_behind(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.save(1, range(2), shard=0, shards=2)
+    with monkeypatch.context() as patched:
+        patched.setattr(bench.index, "put", lambda rows: False)
+        assert bench.save(1, range(1), shard=1, shards=2) == []
+    assert bench.found(1) == [1] and bench.arena.used_bytes == CHUNK_BYTES
+    assert bench.save(1, range(2), shard=0, shards=2) == [0]
+
+
+def test_each_shard_has_its_own_saver(bench: Bench) -> None:
+    bench.save(1, range(1), shard=0, shards=2)
+    row = bench.tier.row(bench.key(1, 0))
+    slot = bench.tier.reserve(CHUNK_BYTES, ME)
+    assert row is not None and slot is not None
+    record = bench.arena.record(row.slots[0])
+    record["shard"] = 1
+    bench.arena.advance(slot, SlotEvent.OPEN)
+    bench.arena.set_record(slot.index, record)
+    bench.arena.advance(slot, SlotEvent.CLOSE)
+    bench.tier.commit([slot.index], 0, SessionId(6))
+    assert row.savers == {0: ME, 1: 6}
+
+
 def test_larger_chunks_find_room_in_pieces(bench: Bench) -> None:
     """Every second chunk is pinned: no run of neighbours is free but one that must be made."""
     bench.save(1, range(8))

@@ -103,6 +103,17 @@ def test_shards_share_a_row(tiers: Tiers) -> None:
         assert all(loads(opened, chunks(1, shard=shard, shards=2)[0]) for shard in range(2))
 
 
+def test_shards_that_come_at_different_times_and_from_different_nodes_make_one_row(tiers: Tiers) -> None:
+    one, two = tiers.open(), tiers.open()
+    save(one, chunks(2, shard=0, shards=2))
+    save(two, chunks(2, shard=1, shards=2))
+    assert not loads(one, chunks(1, shard=1, shards=2)[0])
+    three = tiers.open()
+    for key in index_keys(chunks(2)):
+        assert row_records(three.index.get(key) or b"")["shard"].tolist() == [0, 1]
+    assert all(loads(three, chunks(1, shard=shard, shards=2)[0]) for shard in range(2))
+
+
 def test_two_nodes_on_one_store(tiers: Tiers) -> None:
     records = chunks(2)
     one, two = tiers.open(), tiers.open()

@@ -191,6 +191,32 @@ def test_shards_come_back_as_one_row(tier_at: Open) -> None:
         assert all(loads(tier, chunks(1, shard=shard, shards=3)[0]) for shard in range(3))
 
 
+def test_a_shard_that_goes_at_once_takes_its_row_along_and_no_other_is_acknowledged(tier_at: Open) -> None:
+    """The first file is given up for room before it was settled; one of its chunks has its other shard in the last."""
+    halves = [chunks(1, 16_000, shard=shard, shards=2) for shard in range(2)]
+    rest = chunks(CAPACITY_BYTES // 20_480, 16_000, seed=1)
+    with tier_at() as tier:
+        for records in (halves[0], rest, halves[1]):
+            assert not tier.write(records, payloads(records)).reason
+        assert tier.index.count() == 0
+        settled = tier.settle()
+        stored = [tier.find(record) for record in settled.records]
+        assert len(settled.records) and all(record is not None for record in stored), "what is acknowledged is there"
+        assert tier.find(halves[0][0]) is None and tier.find(halves[1][0]) is None
+        assert settled.reason == "evicted at once"
+
+
+def test_shards_that_come_at_different_times_make_one_row(tier_at: Open) -> None:
+    with tier_at() as tier:
+        save(tier, chunks(3, shard=1, shards=2))
+        assert not loads(tier, chunks(1, shard=0, shards=2)[0]) and loads(tier, chunks(1, shard=1, shards=2)[0])
+    with tier_at() as tier:
+        save(tier, chunks(4, shard=0, shards=2))
+        rows = [tier.index.get(key) for key in index_keys(chunks(4))]
+        assert [row_records(row)["shard"].tolist() for row in rows if row] == [[0, 1]] * 3 + [[0]]
+        assert all(loads(tier, chunks(1, shard=shard, shards=2)[0]) for shard in range(2))
+
+
 def test_capacity_is_kept_by_whole_files_oldest_first(tier_at: Open, tmp_path: Path) -> None:
     evicted: list[bytes] = []
     with tier_at() as tier:

@@ -52,7 +52,7 @@ class Outflow:
                 bits = self._dram.arena.pending(row.slots[name[1]])
                 if bits:
                     group.append(row.records[name[1]])
-                    taken.append((name, bits, row.saver))
+                    taken.append((name, bits, row.savers[name[1]]))
             if not group:
                 continue
             if not self._send(np.frombuffer(b"".join(group), CHUNK)):
