@@ -133,7 +133,7 @@ class Prompt:
     index_keys: list[bytes] = field(default_factory=list[bytes])
     """anchor ‖ key of every whole chunk, as the index stores them."""
     root: bytes = b""
-    """Digest of the namespace that is invalidated as one; `namespace` is it, or made from it for one adapter or salt."""
+    """Digest of the namespace that is invalidated as one: `namespace`, without this request's adapter and salt."""
     _tail: Tokens = field(default_factory=lambda: np.empty(0, np.uint32))
     _extras: list[Extra] = field(default_factory=list[Extra])
 
@@ -167,8 +167,7 @@ class Prompt:
         return prompt
 
     def part(self, first: int) -> Prompt:
-        """The chunks from `first` on, to be looked up only: anchors of records are counted from the whole prompt's start.
-        """
+        """The chunks from `first` on, for lookups only: the anchors of records count from the whole prompt's start."""
         tokens = max(self.tokens - first * self.chunk_tokens, 0)
         return Prompt(self.namespace, self.chunk_tokens, tokens, self.keys[first:], self.index_keys[first:], self.root)
 

@@ -175,7 +175,7 @@ class Producer:
         adapter: str = "",
         cache_salt: str = "",
     ) -> Prompt:
-        """Hash a request's confirmed tokens, once; `Prompt.extend` adds more. `adapter` and `cache_salt`: this request's.
+        """Hash a request's confirmed tokens, once; `Prompt.extend` adds more. `adapter`, `cache_salt`: this request's.
 
         Raises:
             UnsupportedError: an extra of unknown kind: do not cache this request.
@@ -188,31 +188,31 @@ class Producer:
         return Prompt.of(namespace, self.chunk_tokens, tokens, extras, root)
 
     def lookup(
-        self, prompt: Prompt, max_tokens: int | None = None, *, first_chunk: int = 0, admit: bool = True
+        self, prompt: Prompt, max_tokens: int | None = None, *, first_chunk: int = 0, again: bool = False
     ) -> Found:
         """The longest saved run from chunk `first_chunk` on, in whole chunks of at most the prompt's first `max_tokens`
         tokens, its DRAM part held until released or loaded.
 
-        Served from maps of this process: no message, no lock shared with a writer. Any trouble is a miss. `admit`
-        False: also what would take longer to load than to compute.
+        Served from maps of this process: no message, no lock shared with a writer. Any trouble is a miss. `again`:
+        another process of this engine has looked it up and decided; it is neither weighed nor counted once more.
         """
-        attachment = self._link.attachment
-        if first_chunk:
-            prompt = prompt.part(first_chunk)
-            max_tokens = None if max_tokens is None else max(max_tokens - first_chunk * self.chunk_tokens, 0)
         limit = prompt.tokens if max_tokens is None else min(max_tokens, prompt.tokens)
-        chunks = limit // self.chunk_tokens
-        if not chunks or attachment is None or prompt.root != self.namespace or not attachment.enter():
-            self._accounts.count(lookups=1, lookup_tokens=prompt.tokens)
+        found = self._find(
+            prompt.part(first_chunk) if first_chunk else prompt, limit // self.chunk_tokens - first_chunk
+        )
+        if not again:
+            found = self.admission.admit(found)
+            self._accounts.count(lookups=1, lookup_tokens=prompt.tokens, hit_tokens=found.tokens)
+        return found
+
+    def _find(self, prompt: Prompt, chunks: int) -> Found:
+        attachment = self._link.attachment
+        if chunks <= 0 or attachment is None or prompt.root != self.namespace or not attachment.enter():
             return Found(self.chunk_tokens, m.no_chunks(), _EMPTY)
         try:
-            found = attachment.lookup(prompt, chunks, self._wanted, next(self._ids))
+            return attachment.lookup(prompt, chunks, self._wanted, next(self._ids))
         finally:
             attachment.leave()
-        if admit:
-            found = self.admission.admit(found)
-        self._accounts.count(lookups=1, lookup_tokens=prompt.tokens, hit_tokens=found.tokens)
-        return found
 
     def load(
         self, found: Found, pool: native.PagePool, page_ids: PageIds, *, deadline_ms: float | None = None
@@ -303,7 +303,7 @@ class Producer:
 
     def prefetch(self, prompt: Prompt) -> int:
         """Ask for what lies below DRAM to be brought up. Returns the number of chunks asked for."""
-        with self.lookup(prompt) as found:
+        with self.admission.admit(self._find(prompt, len(prompt.keys))) as found:
             below = found.records[found.tiers != 0]
         return len(below) if len(below) and self._link.post("load", m.Prefetch(self._session(), below)) else 0
 

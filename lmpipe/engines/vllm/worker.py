@@ -1,0 +1,310 @@
+"""The connector in a worker: one producer for each cache group, loads on threads of its own, saves by message.
+
+With pages in shared memory a save is one message: gather copies the pages, under a grant that is revoked before they
+can change. Loads start before the step's forward and run beside it; nothing of the engine waits for them but an engine
+that has nothing else to do.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+import vllm
+from vllm.config import VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
+from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+from vllm.v1.kv_cache_interface import KVCacheConfig
+
+from lmpipe import native
+from lmpipe.engines.vllm.geometry import GroupPages, align_tokens, groups_of
+from lmpipe.engines.vllm.identity import namespace_of
+from lmpipe.engines.vllm.loads import LoadThreads
+from lmpipe.engines.vllm.memory import SharedPages
+from lmpipe.engines.vllm.orders import Handshake, LoadOrder, LoadReport, Orders, Reports, SaveOrder
+from lmpipe.engines.vllm.settings import Settings
+from lmpipe.engines.vllm.stats import Tally
+from lmpipe.errors import UnsupportedError
+from lmpipe.handles import Tier
+from lmpipe.keys import Prompt
+from lmpipe.producer import LoadResult, MappedPages, Producer, SaveTicket
+from lmpipe.rundir import RunDir
+from lmpipe.shm.descriptor import HEADER_BYTES
+
+log = logging.getLogger("lmpipe.vllm")
+
+LOADS_AT_ONCE = 4
+IDLE_WAIT_S = 0.01
+"""How long a step without tokens waits for a load to end: an idle engine would only ask again."""
+LEAST_PREFILL_TOKENS = 64
+"""Steps with fewer prompt tokens say nothing about the speed of prefill."""
+
+
+@dataclass(slots=True)
+class _Group:
+    """One cache group's pages, as this process copies them, and its producer."""
+
+    pages: GroupPages
+    pool: native.PagePool
+    producer: Producer
+
+
+@dataclass(slots=True)
+class _Save:
+    """One save order, by cache group."""
+
+    request: str
+    tickets: list[tuple[Producer, SaveTicket]]
+    lost: bool = False
+    """Some of it was not even tried."""
+
+    @property
+    def done(self) -> bool:
+        return all(ticket.done for _, ticket in self.tickets)
+
+    @property
+    def whole(self) -> bool:
+        return not self.lost and not any(ticket.dropped for _, ticket in self.tickets)
+
+
+class Worker:
+    """The worker's side of one rank."""
+
+    def __init__(self, settings: Settings, config: VllmConfig, cache: KVCacheConfig) -> None:
+        self._settings, self._config, self._cache = settings, config, cache
+        self._memory: SharedPages | None = None
+        self._caches: dict[str, torch.Tensor] = {}
+        self._groups: list[_Group] = []
+        self._hello: Handshake | None = None
+        self._saves_here = True
+        self._shared = False
+        """Whether gather maps the pages and copies them for saves."""
+        self._loads = LoadThreads(LOADS_AT_ONCE)
+        self._saves: dict[int, _Save] = {}
+        self._delayed: dict[str, float] = {}
+        """Finished requests whose blocks wait for their saves, and until when."""
+        self._invalid: set[int] = set()
+        self._reports = Reports()
+        self._step_started_s = 0.0
+        self.tally = Tally()
+
+    # Start.
+
+    def memory(self) -> AbstractContextManager[object] | None:
+        """What vLLM is to allocate its KV cache in; None: as it would without lmpipe."""
+        if self._settings.pages == "private":
+            return None
+        self._memory = SharedPages(RunDir(self._settings.run_dir).pages)
+        return self._memory
+
+    def register(self, caches: Mapping[str, torch.Tensor]) -> None:
+        """The KV cache is there: describe it, and begin a session for each cache group.
+
+        Raises:
+            UnsupportedError: a model whose KV lmpipe cannot keep rightly.
+        """
+        first = next(iter(caches.values()))
+        base = first.untyped_storage().data_ptr()
+        if any(cache.untyped_storage().data_ptr() != base for cache in caches.values()):
+            raise UnsupportedError("vLLM made its KV cache of several buffers")
+        segment = self._memory.segment if self._memory is not None else None
+        self._shared, shift = segment is not None, 0
+        if segment is not None:
+            mapped = torch.frombuffer(segment.segment.buf, dtype=torch.int8, count=1, offset=HEADER_BYTES).data_ptr()
+            shift, base = HEADER_BYTES, mapped
+            region = segment.segment.region
+        else:
+            if self._memory is not None:
+                log.warning("pages stay private, this process copies saves itself: %s", self._memory.reason)
+            self._caches = dict(caches)  # what keeps the memory
+            region = native.Region((ctypes.c_uint8 * first.untyped_storage().nbytes()).from_address(base))
+        groups = groups_of(self._cache, caches, base, self._isa())
+        replicas = self._cache.kv_tp_replicas
+        rank = get_tensor_model_parallel_rank()
+        parts = self._config.parallel_config.tensor_parallel_size // replicas
+        self._saves_here = rank % replicas == 0
+        root = namespace_of(self._config, groups, self._settings)
+        align = align_tokens(groups)
+        for number, group in enumerate(groups):
+            planes = len(group.offsets)
+            offsets = group.offsets + np.uint64(shift)
+            strides = np.full(planes, group.stride, np.uint64)
+            sizes = np.full(planes, group.layout.page_bytes, np.uint64)
+            pool = native.PagePool([region], np.zeros(planes, np.uint32), offsets, strides, sizes, group.pages)
+            source = None
+            if segment is not None:
+                source = MappedPages(str(segment.path), segment.id.hex(), offsets, strides, sizes, group.pages)
+            producer = Producer(
+                self._settings.run_dir,
+                group.layout,
+                root=root,
+                name=f"{self._settings.name}.rank{rank}" + (f".group{number}" if len(groups) > 1 else ""),
+                align_tokens=align,
+                shard=rank // replicas * len(groups) + number,
+                shards=parts * len(groups),
+                pages=source,
+                copy_threads=self._settings.copy_threads,
+            )
+            self._groups.append(_Group(group, pool, producer))
+        self._hello = Handshake(root, tuple(group.layout for group in groups), align, parts * len(groups))
+
+    def _isa(self) -> str:
+        """What the order of bytes inside a page depends on."""
+        layers = self._config.compilation_config.static_forward_context
+        isas = {str(getattr(layer, "isa", "")) for layer in layers.values()}
+        layout = self._cache.kv_cache_layout
+        return f"vllm-{'.'.join(vllm.__version__.split('.')[:2])}/{layout}/{'+'.join(sorted(isas))}"
+
+    def handshake(self) -> Handshake | None:
+        """For the scheduler's side."""
+        return self._hello
+
+    # A step, in the order in which vLLM calls.
+
+    def begin(self, orders: Orders) -> None:
+        """Before the step changes any page: take back what was granted, then start the loads."""
+        self._step_started_s = time.monotonic()
+        for request in orders.revoked:
+            self._revoke(request)
+        if orders.weights_epoch is not None:
+            for group in self._groups:
+                group.producer.renew(orders.weights_epoch)
+        for load in orders.loads:
+            self._loads.submit(load, partial(self._load, orders.root, orders.chunk_tokens, load))
+
+    def end(self, orders: Orders) -> None:
+        """After the forward: its pages hold what the orders say."""
+        if orders.prefill_tokens >= LEAST_PREFILL_TOKENS:
+            self._reports.prefill = orders.prefill_tokens, time.monotonic() - self._step_started_s
+        for order in orders.saves:
+            self._saves[order.order] = self._save(orders, order)
+        deadline_s = time.monotonic() + self._settings.free_deadline_ms / 1000
+        self._delayed.update((request, deadline_s) for request in orders.delayed)
+
+    def results(self, orders: Orders) -> KVConnectorTransferResults:
+        """Which loads and which saves of finished requests are through: each is named once."""
+        results = KVConnectorTransferResults()
+        for order, report in self._loads.take(0.0 if orders.tokens else IDLE_WAIT_S):
+            self._landed(order, report, results)
+        self._settle()
+        waiting = {save.request for save in self._saves.values()}
+        now_s = time.monotonic()
+        for request, deadline_s in list(self._delayed.items()):
+            if request in waiting and now_s >= deadline_s:
+                self._revoke(request)
+                self.tally.add(saves_out_of_time=1)
+            elif request in waiting:
+                continue
+            del self._delayed[request]
+            results.finished_sending.add(request)
+        return results
+
+    def invalid_blocks(self) -> set[int]:
+        """Blocks that a load could not fill; named once."""
+        invalid, self._invalid = self._invalid, set()
+        return invalid
+
+    def reports(self) -> Reports | None:
+        """For the scheduler's side; None: nothing to say."""
+        reports, self._reports = self._reports, Reports()
+        return reports or None
+
+    # Loads.
+
+    def _load(self, root: bytes, chunk_tokens: int, order: LoadOrder) -> LoadReport:
+        """On a thread of the pool. Whatever goes wrong, the blocks are reported as not loaded."""
+        started_s, wanted = time.monotonic(), len(order.keys) - order.first
+        result = LoadResult(0, 0, 0, {}, "", 0.0)
+        try:
+            prompt = Prompt.of_keys(root, chunk_tokens, order.keys)
+            done: list[LoadResult] = []
+            for group, blocks in zip(self._groups, order.blocks, strict=True):
+                found = group.producer.lookup(prompt, first_chunk=order.first, again=True)
+                deadline_ms = self._settings.load_deadline_ms
+                done.append(group.producer.load(found, group.pool, blocks, deadline_ms=deadline_ms))
+            result = _together(done, time.monotonic() - started_s)
+            if result.chunks < wanted and not result.reason:
+                result = LoadResult(
+                    result.tokens, result.chunks, result.nbytes, result.by_tier, "evicted before it was copied", 0.0
+                )
+        except Exception:
+            log.critical("a bug: this load is given up, its tokens are computed", exc_info=True)
+        return LoadReport(order.request, wanted, result)
+
+    def _landed(self, order: LoadOrder, report: LoadReport, results: KVConnectorTransferResults) -> None:
+        self._reports.loads.append(report)
+        results.finished_recving.add(order.request)
+        self.tally.loaded(report.result, report.wanted_chunks)
+        if not report.failed:
+            return
+        if len(order.blocks) != 1:  # block numbers alone do not say which group's they are
+            results.failed_recving.add(order.request)
+            return
+        (blocks,) = order.blocks
+        missing = blocks[report.result.chunks :]
+        self._invalid.update(missing[missing >= 0].tolist())
+
+    # Saves.
+
+    def _save(self, orders: Orders, order: SaveOrder) -> _Save:
+        save = _Save(order.request, [])
+        if not self._saves_here:
+            return save
+        prompt = Prompt.of_keys(orders.root, orders.chunk_tokens, order.keys)
+        for group, blocks in zip(self._groups, order.blocks, strict=True):
+            producer, pool = group.producer, None if self._shared else group.pool
+            try:
+                save.tickets.append((producer, producer.save(prompt, pool, blocks, first_chunk=order.first)))
+            except ValueError:  # made before a node with another chunk size was found
+                log.warning("a save is dropped", exc_info=True)
+                save.lost = True
+        return save
+
+    def _settle(self) -> None:
+        for number in [number for number, save in self._saves.items() if save.done]:
+            save = self._saves.pop(number)
+            self._reports.settled[number] = (1, save.whole)
+            for _, ticket in save.tickets:
+                self.tally.saved(ticket)
+
+    def _revoke(self, request: str) -> None:
+        """Its pages are about to be somebody else's."""
+        for save in self._saves.values():
+            if save.request != request:
+                continue
+            for producer, ticket in save.tickets:
+                producer.cancel(ticket)
+        for save in self._saves.values():
+            if save.request == request:
+                for _, ticket in save.tickets:
+                    ticket.copied.wait()  # private pages: until the group of chunks in hand is copied
+
+    # End.
+
+    def close(self) -> None:
+        """Give saves under way a few seconds, end the sessions, give the pages back."""
+        for group in self._groups:
+            group.producer.close()  # loads that still wait end with it
+        self._loads.close()
+        self._groups.clear()
+        if self._memory is not None and self._memory.segment is not None:
+            self._memory.segment.close()
+
+
+def _together(results: Iterable[LoadResult], seconds: float) -> LoadResult:
+    """Several cache groups' loads as one: as far as all of them came."""
+    parts = list(results)
+    least = min(parts, key=lambda part: part.chunks)
+    by_tier: dict[Tier, int] = {}
+    for part in parts:
+        for tier, chunks in part.by_tier.items():
+            by_tier[tier] = max(by_tier.get(tier, 0), chunks)
+    nbytes = sum(part.nbytes for part in parts)
+    return LoadResult(least.tokens, least.chunks, nbytes, by_tier, least.reason, seconds)

@@ -1,0 +1,101 @@
+"""An engine with lmpipe switched on: its settings, when it is ready, what it has done; and prompts to give it."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from harness import Engine, greedy
+
+from lmpipe.producer import Producer
+from lmpipe.testing import Node
+
+CHUNK = 64
+"""Tokens of a chunk in these tests: two blocks of the engine."""
+VOCABULARY = 512
+WAIT_S = 30.0
+
+_seeds = itertools.count(1)
+
+
+def connector(node: Node | Path, **settings: Any) -> dict[str, Any]:
+    """The kv_transfer_config of an engine on this node; `settings` as in the extra config, without the prefix."""
+    run_dir = node.run_dir if isinstance(node, Node) else node
+    extra = {f"lmpipe.{name}": value for name, value in {"node": str(run_dir), **settings}.items()}
+    return {
+        "kv_connector": "LMPipeConnector",
+        "kv_connector_module_path": "lmpipe.engines.vllm",
+        "kv_connector_extra_config": extra,
+    }
+
+
+def tiers(directory: Path, **changes: Any) -> dict[str, Any]:
+    """A node with all three tiers, for `Node`; a busy machine is not taken for a dead one."""
+    remote = {"url": f"file://{directory}/remote", "capacity": "64MiB"}
+    return {
+        "chunk_tokens": CHUNK,
+        "heartbeat_ms": 300,
+        "restarts": {"budget": 1000, "window_s": 1},
+        "tiers": {"dram": {"capacity": "32MiB"}, "remote": remote, **changes},
+    }
+
+
+def tokens(length: int, seed: int | None = None) -> list[int]:
+    """A prompt that no other test has, or the one of a seed."""
+    rng = np.random.default_rng(next(_seeds) + 10_000 if seed is None else seed)
+    return rng.integers(1, VOCABULARY, length).tolist()
+
+
+def until(condition: Callable[[], object], what: str, timeout_s: float = WAIT_S) -> None:
+    """Wait for something that has to happen; nothing is expected to be fast."""
+    end_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end_s, f"not in {timeout_s:g} s: {what}"
+        time.sleep(0.01)
+
+
+def producers(engine: Engine) -> list[Producer]:
+    """The scheduler's and the workers' producers of an engine in this process."""
+    worker = [group.producer for group in engine.worker_connector._worker._groups]
+    return [engine.scheduler_connector._scheduler._producer, *worker]
+
+
+def ready(engine: Engine) -> Engine:
+    """The engine, when lmpipe has registered it."""
+    for producer in producers(engine):
+        assert producer.wait_ready(WAIT_S), producer.reason
+    return engine
+
+
+def stats(engine: Engine) -> dict[str, int]:
+    """The counters of the worker's producers together."""
+    total: dict[str, int] = {}
+    for producer in producers(engine)[1:]:
+        for name, value in producer.stats().items():
+            total[name] = total.get(name, 0) + value
+    return total
+
+
+def settled(engine: Engine, *where: str, prompt: list[int] | None = None) -> None:
+    """Wait until all saves are answered and, given a prompt, until the tiers in `where` have its whole chunks."""
+    for producer in producers(engine)[1:]:
+        keyed = producer.prompt(prompt) if prompt is not None else None
+        assert producer.flush(keyed, timeout_s=WAIT_S, tiers=where)
+
+
+def ask(engine: Engine, prompts: list[list[int]], max_tokens: int = 8, **how: Any) -> tuple[list[list[int]], list[int]]:
+    """The tokens that follow each prompt, and how many of each were not computed."""
+    outputs = engine.outputs(prompts, max_tokens, **how)
+    cached = [output.num_cached_tokens or 0 for output in outputs]
+    return [list(output.outputs[0].token_ids) for output in outputs], cached
+
+
+def ask_with_salt(engine: Engine, prompt: list[int], salt: str) -> int:
+    """How much of a prompt with a cache salt was not computed."""
+    request = {"prompt_token_ids": prompt} | ({"cache_salt": salt} if salt else {})
+    (output,) = engine.llm.generate([request], greedy(1, detokenize=False), use_tqdm=False)
+    return output.num_cached_tokens or 0
