@@ -1,10 +1,14 @@
-"""Every path below a node's run directory. Knows no content but that small files are replaced whole."""
+"""Every path below a node's run directory, and the one beside it. Knows no content but that small files are replaced
+whole.
+"""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
+
+PAGES_SUFFIX = ".pages"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,13 @@ class RunDir:
     def sessions(self) -> Path:
         """Session locks and hold segments."""
         return self.path / "sessions"
+
+    @property
+    def pages(self) -> Path:
+        """Parent of the segments that engines keep their KV cache in (shm/pages.py). Beside the run directory, because
+        it may be there before the node is, and after.
+        """
+        return self.path.with_name(f"{self.path.name}{PAGES_SUFFIX}")
 
     @property
     def counters(self) -> Path:

@@ -31,6 +31,7 @@ from lmpipe.launch.stop import stop_node, tidy_up
 from lmpipe.layout import KVLayout
 from lmpipe.producer import Producer
 from lmpipe.rundir import RunDir
+from lmpipe.shm.pages import sweep
 from lmpipe.supervisor import NodeState
 from lmpipe.topology import NodeInfo, Topology
 
@@ -214,6 +215,7 @@ class Node:
         stop_node(self.paths, keep_dram=False, timeout_s=START_S / 2)  # one that the test itself has started
         if self.paths.path.exists():
             tidy_up(self.paths, keep_dram=False, report=lambda _: None)
+        sweep(self.paths.pages)
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def _await_starting(self, state: NodeState | None) -> None:

@@ -15,8 +15,8 @@ import msgspec
 from lmpipe import strict_yaml
 from lmpipe.errors import NodeError, TopologyError
 from lmpipe.handles import BLOCK_BYTES, Codec
+from lmpipe.rundir import PAGES_SUFFIX, default_parent, write_atomically
 from lmpipe.rundir import RunDir as RunDir
-from lmpipe.rundir import default_parent, write_atomically
 from lmpipe.settings import MIB
 from lmpipe.settings import STAGES as STAGES
 from lmpipe.settings import Admission as Admission
@@ -147,6 +147,11 @@ def _conflicts(topology: Topology) -> list[tuple[str, str]]:
         wrong(
             "run_dir",
             f"the socket {longest} is {excess} bytes over the limit of {SOCKET_PATH_BYTES}; choose a shorter run_dir",
+        )
+    if topology.run_dir.endswith(PAGES_SUFFIX):
+        wrong(
+            "run_dir",
+            f"ends with {PAGES_SUFFIX}, as the directory beside a node's does; choose another run_dir or name",
         )
     _check_tiers(topology, wrong)
     _check_processes(topology, wrong)

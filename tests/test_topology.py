@@ -245,3 +245,10 @@ def test_node_info_of_another_kind(tmp_path: Path, content: str | None, problem:
         write_atomically(RunDir(tmp_path).node_json, content.encode())
     with pytest.raises(NodeError, match=problem):
         NodeInfo.read(tmp_path)
+
+
+def test_a_run_directory_is_not_taken_for_the_one_beside_another_s() -> None:
+    line = "ends with .pages, as the directory beside a node's does; choose another run_dir or name"
+    assert problems(MINIMAL.replace("name: a", "name: a.pages")) == [f"f.yaml:1: run_dir: {line}"]
+    assert problems(MINIMAL + "run_dir: /x/a.pages\n") == [f"f.yaml:3: run_dir: {line}"]
+    assert RunDir(Path("/x/a")).pages == Path("/x/a.pages")

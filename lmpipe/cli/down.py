@@ -6,6 +6,7 @@ import argparse
 
 from lmpipe.cli.nodes import NodeAbsent, Subparsers, add_node_arguments, add_verb, run_dir_of
 from lmpipe.launch.stop import stop_node, tidy_up
+from lmpipe.shm.pages import sweep
 
 EXAMPLES = """
 lmpipe down                        the only node there is
@@ -31,7 +32,9 @@ def run(args: argparse.Namespace) -> int:
     if stop_node(paths, keep_dram=args.keep_dram, timeout_s=args.timeout):
         print(f"stopped: {paths.path}")
     elif not paths.path.is_dir() or not (paths.node_json.exists() or paths.arena.exists()):
-        raise NodeAbsent(f"no node at {paths.path}")
+        if not sweep(paths.pages):
+            raise NodeAbsent(f"no node at {paths.path}")
+        print(f"no node at {paths.path}; removed what dead engines left in {paths.pages}")
     else:
         tidy_up(paths, keep_dram=args.keep_dram, report=print)
         print(f"tidied up: {paths.path}")

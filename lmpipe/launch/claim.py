@@ -23,6 +23,7 @@ import msgspec
 
 from lmpipe.errors import NodeError
 from lmpipe.rundir import RunDir, default_parent, write_atomically
+from lmpipe.shm.pages import sweep as sweep_pages
 from lmpipe.shm.session import SessionDir
 
 TERM_S = 5.0
@@ -102,17 +103,21 @@ class Claim:
         for directory in paths.index.iterdir():
             shutil.rmtree(directory, ignore_errors=True)
         SessionDir(paths.path).sweep()
+        sweep_pages(paths.pages)
         living = living_pids(paths)
         for path in paths.counters.glob("*.shm"):
             if not path.stem.rpartition("-")[2].isdigit() or int(path.stem.rpartition("-")[2]) not in living:
                 path.unlink(missing_ok=True)
 
     def clear(self, *, keep_dram: bool) -> None:
-        """Removes the content; `keep_dram` spares the arena, the node words and the sessions of living producers."""
+        """Removes the content; `keep_dram` spares the arena, the node words and the sessions of living producers. The
+        pages of living engines stay in any case.
+        """
         paths = self.paths
         if keep_dram:
             self.end_former_life(lambda _: None)
             return
+        sweep_pages(paths.pages)
         for directory in paths.directories[:0:-1]:
             shutil.rmtree(directory, ignore_errors=True)
         for path in (paths.node_json, paths.keep_dram, paths.node_shm, paths.arena, *paths.path.glob("ring.*.shm")):

@@ -70,6 +70,7 @@ class Parts:
             {tier: self._reader(tier) for tier in topology.tier_names if tier is not Tier.DRAM},
             self._scanner,
             self._sessions,
+            pages=self._paths.pages,
             chunk_tokens=topology.chunk_tokens,
             leases=engines.leases,
             max_producers=engines.max_producers,

@@ -13,7 +13,7 @@ import pytest
 
 from lmpipe.errors import SegmentError
 from lmpipe.handles import SessionId
-from lmpipe.shm import session as module
+from lmpipe.shm import life as module
 from lmpipe.shm.session import Session, SessionDir
 
 

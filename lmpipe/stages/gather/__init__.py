@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -32,6 +33,8 @@ from lmpipe.wire import VERSION
 
 PENDING = {Tier.SSD: PENDING_SSD, Tier.REMOTE: PENDING_REMOTE}
 SWEEP_S = 1.0
+LOOK_S = 0.025
+"""How often it is looked whether the stages live that somebody's load passes through."""
 
 
 @dataclass(slots=True)
@@ -44,7 +47,9 @@ class _Recall:
 
 
 class Gather:
-    """The stage. `below` has an index reader for each tier below DRAM; `leases` is what each engine is lent at most."""
+    """The stage. `below` has an index reader for each tier below DRAM; `leases` is what each engine is lent at most;
+    `pages` is where engines put their KV cache.
+    """
 
     name = "gather"
 
@@ -56,6 +61,7 @@ class Gather:
         holds: HoldScanner,
         sessions: SessionDir,
         *,
+        pages: Path,
         chunk_tokens: int,
         leases: int,
         max_producers: int,
@@ -64,7 +70,7 @@ class Gather:
         self._context, self._dram, self._holds = context, dram, holds
         self._chunk_tokens = chunk_tokens
         self._bits = sum(PENDING[tier] for tier in below)
-        self._producers = Producers(dram, sessions.alive, max_producers, leases)
+        self._producers = Producers(dram, sessions.alive, max_producers, leases, pages)
         self._loads = Loads(dram, below, sessions.alive)
         self._outflow = Outflow(dram, self._send_down)
         self._saves = Saves(context, dram, self._producers, self._outflow, holds, self._bits, copy_threads)
@@ -73,6 +79,7 @@ class Gather:
         self._nearest: SessionId | None = None
         self._next_id = 0
         self._next_sweep_s = 0.0
+        self._next_look_s = 0.0
         holds.refresh()  # before anything can be evicted: holds of living engines count from the first moment
         found = dram.arena.recover(sessions.alive, holds.held(), self._bits)
         pending = dram.load_rows(found.committed, found.doomed)
@@ -281,6 +288,9 @@ class Gather:
         if now_s >= self._next_sweep_s:
             self._next_sweep_s = now_s + SWEEP_S
             self._sweep()
+        if self._loads.waited_for and now_s >= self._next_look_s:
+            self._next_look_s = now_s + LOOK_S
+            self._end_stranded()
         for waiter in self._loads.expired(int(now_s * 1e9)):
             self._tell_failed(waiter, "deadline", joined(list(waiter.names.values())))
         for waiter, chunks in self._parked.due(now_s):
@@ -294,11 +304,25 @@ class Gather:
         if started:
             return 0.0
         due_s = [self._next_sweep_s - now_s]
+        if self._loads.waited_for:
+            due_s.append(self._next_look_s - now_s)
         if (deadline_ns := self._loads.next_deadline_ns()) > 0:
             due_s.append(deadline_ns / 1e9 - now_s)
         if (wait_s := self._parked.wait_s(now_s)) is not None:
             due_s.append(wait_s)
         return min(due_s)
+
+    def _end_stranded(self) -> None:
+        """Nobody waits for the dead: what they were to load fails now, the slots that were theirs come back."""
+        stranded = self._loads.stranded()
+        for waiter, stage, records in stranded:
+            self._tell_failed(waiter, f"{stage} died", joined(records))
+        if stranded:
+            self._bury_flights()
+
+    def _bury_flights(self) -> None:
+        for name in self._loads.orphans():
+            self._give_up(name, "the stage that read it died")
 
     def _tell_evicted(self, tier: Tier, chunks: ChunkRecords) -> None:
         for engine in self._producers:
@@ -312,8 +336,7 @@ class Gather:
         for engine in self._producers:
             self._saves.lend(engine)  # it has nothing to send that would ask for leases if it ran out of them
         self._holds.refresh()
-        for name in self._loads.orphans():
-            self._give_up(name, "the stage that read it died")
+        self._bury_flights()
         self._dram.tick()
         arena = self._dram.arena
         self._context.gauge("dram_used_bytes", arena.used_bytes)
@@ -326,8 +349,8 @@ class Gather:
         """The sessions below are others now, or none: what was sent to the old ones is sent again, what they were to
         load fails.
         """
-        for name in self._loads.orphans():
-            self._give_up(name, "the stage that read it died")
+        self._end_stranded()
+        self._bury_flights()
         self._parked.heard(chain)
         self._outflow.restart()
         nearest = next(iter(chain.values()), None)

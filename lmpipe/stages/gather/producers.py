@@ -18,6 +18,7 @@ from lmpipe.errors import LayoutError, SegmentError
 from lmpipe.handles import SessionId, Slot
 from lmpipe.lifecycle import SlotState
 from lmpipe.shm.descriptor import SegmentKind
+from lmpipe.shm.pages import sweep
 from lmpipe.shm.segment import Segment
 from lmpipe.stages.base import Peer
 from lmpipe.tiers.dram import DramTier
@@ -61,10 +62,10 @@ class Engine:
 
 
 class Producers:
-    """The registry. `alive` says whether a session's lock is still held."""
+    """The registry. `alive` says whether a session's lock is still held, `pages` where engines put their KV cache."""
 
-    def __init__(self, dram: DramTier, alive: Callable[[SessionId], bool], most: int, leases: int) -> None:
-        self._dram, self._alive, self._most, self._leases = dram, alive, most, leases
+    def __init__(self, dram: DramTier, alive: Callable[[SessionId], bool], most: int, leases: int, pages: Path) -> None:
+        self._dram, self._alive, self._most, self._leases, self._pages = dram, alive, most, leases, pages
         self._engines: dict[SessionId, Engine] = {}
         self._orphans: dict[SessionId, set[int]] = {}
         """Leases found in the arena after a restart, whose holders have not registered again."""
@@ -157,7 +158,9 @@ class Producers:
         return None
 
     def bury(self) -> list[Engine]:
-        """Remove engines whose session has ended and free what they held, half-written slots too. Returns them."""
+        """Remove engines whose session has ended and free what they held, half-written slots and mapped pages too, also
+        the pages of those that died unknown to this gather. Returns them.
+        """
         dead = [engine for engine in self._engines.values() if not self._alive(engine.session)]
         for engine in dead:
             del self._engines[engine.session]
@@ -165,6 +168,7 @@ class Producers:
             self._free(engine.leases)
         for session in [session for session in self._orphans if not self._alive(session)]:
             self._free(self._orphans.pop(session))
+        sweep(self._pages)
         return dead
 
     def _free(self, slots: set[int]) -> None:
