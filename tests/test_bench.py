@@ -12,6 +12,7 @@ from lmpipe.bench import SUMMARIES, pages, report
 from lmpipe.bench.harness import Setting
 from lmpipe.bench.report import Figure, Goal, Report
 from lmpipe.cli import main
+from lmpipe.cli.bench import missing
 
 KEYS = {"name", "value", "unit", "limit", "ratio", "goal", "met", "runs"}
 EXPECTED = {
@@ -22,11 +23,15 @@ EXPECTED = {
     "ssd": {"write, flushed", "cold read"},
     "idle": {"private memory, alone", "wake-ups, alone"},
     "ttft": {"cold, lmpipe attached", "warm from DRAM", "warm from SSD", "warm from the remote tier"},
+    "vllm": {"1K, cold, lmpipe attached", "1K, lmpipe, DRAM", "1K, lmpipe, SSD", "mixed, lmpipe"},
 }
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", sorted(SUMMARIES))
 def test_a_quick_run_has_the_shape(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if missing(name):
+        pytest.skip(f"{name} needs {missing(name)}")
     assert main(["bench", name, "--quick", "--json", "--out", str(tmp_path), "--disk", str(tmp_path)]) == 0
     shape = json.loads(capsys.readouterr().out)
     assert set(shape) == {"name", "commit", "machine", "figures"}
@@ -42,6 +47,12 @@ def test_a_quick_run_has_the_shape(name: str, tmp_path: Path, capsys: pytest.Cap
     assert EXPECTED[name] <= {figure["name"] for figure in shape["figures"]}
     assert json.loads((tmp_path / f"{name}.json").read_text()) == shape
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(not missing("vllm"), reason="vLLM is here")
+def test_what_is_not_installed_is_said_with_the_way_to_get_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "vllm", "--quick"]) == 1
+    assert "make setup-vllm" in capsys.readouterr().err
 
 
 def test_a_benchmark_that_fails_says_why(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

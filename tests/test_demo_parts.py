@@ -131,4 +131,4 @@ def test_an_engine_process(tmp_path: Path) -> None:
         assert 0 < got.ttft_ms < got.total_ms
         assert got.margin > 0
         with pytest.raises(EngineFailed, match="unknown op 'dance'"):
-            engine._ask({"op": "dance"}, 30.0)
+            engine.ask({"op": "dance"}, 30.0)

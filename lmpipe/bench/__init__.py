@@ -13,5 +13,9 @@ SUMMARIES = {
     "ssd": "writes and cold reads of the SSD tier, against raw O_DIRECT",
     "idle": "private memory and wake-ups of a topology that has nothing to do",
     "ttft": "time to first token of the demo's model: without lmpipe, cold with it, warm from each tier",
+    "vllm": "the same in real vLLM engines, against vLLM's own prefix cache; a mixed workload with and without lmpipe",
 }
 """What each benchmark measures, by name."""
+
+NEEDS = {"vllm": ("vllm", "`make setup-vllm` makes an environment that has it: .venv-vllm/bin/lmpipe bench vllm")}
+"""Packages that not every environment has, and what to do about it; without them "all" leaves the benchmark out."""

@@ -13,7 +13,7 @@ import orjson
 from rich.console import Console
 from rich.status import Status
 
-from lmpipe.bench import SUMMARIES
+from lmpipe.bench import NEEDS, SUMMARIES
 from lmpipe.bench.report import Figure, Report, table
 from lmpipe.cli.nodes import Subparsers, add_verb
 from lmpipe.errors import LmpipeError
@@ -23,6 +23,7 @@ lmpipe bench save load            two benchmarks, a table for each
 lmpipe bench all --out out/bench  all of them, with NAME.json and NAME.png
 lmpipe bench hop --json           one JSON object (of several names a list) and nothing else
 lmpipe bench all --quick          tiny runs that prove that each works; their figures mean nothing
+.venv-vllm/bin/lmpipe bench vllm  where vLLM is; "all" leaves out what cannot run in this environment
 """
 NOTES = "\n".join(f"  {name:8}{summary}" for name, summary in SUMMARIES.items())
 ALL = "all"
@@ -47,7 +48,7 @@ def add(verbs: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit status 0 when no goal was missed, else 1."""
-    names: list[str] = list(SUMMARIES) if ALL in args.names else list(dict.fromkeys(args.names))
+    names = [name for name in SUMMARIES if not missing(name)] if ALL in args.names else list(dict.fromkeys(args.names))
     as_json: bool = args.json
     quick: bool = args.quick
     out: Path | None = args.out
@@ -75,8 +76,16 @@ def run(args: argparse.Namespace) -> int:
     return 1 if missed else 0
 
 
+def missing(name: str) -> str:
+    """What a benchmark needs and is not installed here, or empty."""
+    package, _ = NEEDS.get(name, ("", ""))
+    return package if package and find_spec(package) is None else ""
+
+
 def measure(name: str, *, disk: Path, quick: bool, console: Console) -> list[Figure]:
     """Run one benchmark, its progress on the console. Raises LmpipeError with the end of what it said when it fails."""
+    if package := missing(name):
+        raise LmpipeError(f"bench {name} needs {package}: {NEEDS[name][1]}")
     argv = [sys.executable, "-P", "-m", f"lmpipe.bench.{name}", "--disk", str(disk)]
     argv += ["--quick"] * quick
     last: deque[str] = deque(maxlen=12)

@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 import os
-import select
-import signal
-import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import orjson
-
-from lmpipe.errors import LmpipeError
-
-
-class EngineFailed(LmpipeError):
-    """The engine process ended or did not answer in time."""
+from lmpipe.demo.asked_process import AskedProcess, EngineFailed
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,50 +25,36 @@ class Answer:
     reason: str
 
 
-class EngineProcess:
+class EngineProcess(AskedProcess):
     """A real process with its own copy of the model. A context manager: nothing of it is left afterwards.
 
     Torch's idle threads sleep instead of spinning: lmpipe's processes work on the same two cores.
     """
 
     def __init__(self, size: str, log: Path) -> None:
-        self._log = log
-        with log.open("ab") as stderr:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "lmpipe.demo.engine", size],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                bufsize=0,
-                env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
-            )
-        self._rest = b""
-
-    @property
-    def pid(self) -> int:
-        """Process id."""
-        return self._process.pid
+        argv = [sys.executable, "-P", "-m", "lmpipe.demo.engine", size]
+        super().__init__(argv, log, {"OMP_WAIT_POLICY": "PASSIVE", **os.environ})
 
     def wait_started(self, timeout_s: float = 120.0) -> int:
         """Wait for the model to be built. Returns the engine's compute threads."""
-        return int(self._answer(timeout_s)["threads"])
+        return int(self.answer(timeout_s)["threads"])
 
     def attach(self, run_dir: Path, timeout_s: float = 30.0) -> None:
         """Switch lmpipe on and wait until registered."""
-        self._ready(self._ask({"op": "attach", "run_dir": str(run_dir), "timeout_s": timeout_s}, timeout_s + 30))
+        self._ready(self.ask({"op": "attach", "run_dir": str(run_dir), "timeout_s": timeout_s}, timeout_s + 30))
 
     def wait_ready(self, timeout_s: float = 60.0) -> None:
         """Wait until lmpipe is back."""
-        self._ready(self._ask({"op": "wait_ready", "timeout_s": timeout_s}, timeout_s + 30))
+        self._ready(self.ask({"op": "wait_ready", "timeout_s": timeout_s}, timeout_s + 30))
 
     def wait_lost(self, timeout_s: float = 30.0) -> None:
         """Wait until the engine has noticed that lmpipe is gone."""
-        if not self._ask({"op": "wait_lost", "timeout_s": timeout_s}, timeout_s + 30)["lost"]:
+        if not self.ask({"op": "wait_lost", "timeout_s": timeout_s}, timeout_s + 30)["lost"]:
             raise EngineFailed(f"the engine did not notice within {timeout_s:.0f} s that lmpipe was killed")
 
     def generate(self, tokens: list[int], new_tokens: int, timeout_s: float = 300.0) -> Answer:
         """Greedy generation of exactly `new_tokens`."""
-        got = self._ask({"op": "generate", "tokens": tokens, "new_tokens": new_tokens}, timeout_s)
+        got = self.ask({"op": "generate", "tokens": tokens, "new_tokens": new_tokens}, timeout_s)
         info: dict[str, Any] = got["info"] or {}
         return Answer(
             got["tokens"],
@@ -94,7 +70,7 @@ class EngineProcess:
     def flush(self, prompts: list[list[int]], tiers: list[str], timeout_s: float = 60.0) -> None:
         """Wait until all saves are answered and the chunks of `prompts` are in `tiers`."""
         ask: dict[str, Any] = {"op": "flush", "prompts": prompts, "tiers": tiers, "timeout_s": timeout_s}
-        got = self._ask(ask, timeout_s + 30)
+        got = self.ask(ask, timeout_s + 30)
         if not got["done"]:
             raise EngineFailed(
                 f"saves did not reach {', '.join(tiers) or 'DRAM'} within {timeout_s:.0f} s: {got.get('stats')}"
@@ -102,58 +78,9 @@ class EngineProcess:
 
     def control(self, tokens: list[int], new_tokens: int) -> tuple[list[int], list[int]]:
         """Tokens generated on loaded KV, and on the same KV scrambled."""
-        got = self._ask({"op": "control", "tokens": tokens, "new_tokens": new_tokens}, 300.0)
+        got = self.ask({"op": "control", "tokens": tokens, "new_tokens": new_tokens}, 300.0)
         return got["straight"], got["scrambled"]
-
-    def close(self, timeout_s: float = 30.0) -> None:
-        """End the process in order."""
-        if self._process.stdin is not None:
-            self._process.stdin.close()
-        try:
-            self._process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            self._process.send_signal(signal.SIGKILL)
-            self._process.wait()
-        if self._process.stdout is not None:
-            self._process.stdout.close()
-
-    def __enter__(self) -> EngineProcess:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _ready(self, answer: dict[str, Any]) -> None:
         if not answer["ready"]:
             raise EngineFailed(f"the engine was not registered with lmpipe in time: {answer['reason']}")
-
-    def _ask(self, question: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        try:
-            # Unbuffered: a pipe takes a long line in pieces.
-            data = memoryview(orjson.dumps(question) + b"\n")
-            while data:
-                data = data[self._process.stdin.write(data) or 0 :]
-        except BrokenPipeError:
-            raise self._ended() from None
-        return self._answer(timeout_s)
-
-    def _answer(self, timeout_s: float) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        end_s = time.monotonic() + timeout_s
-        while b"\n" not in self._rest:
-            if not select.select([self._process.stdout], [], [], max(end_s - time.monotonic(), 0.0))[0]:
-                raise EngineFailed(f"the engine process did not answer within {timeout_s:.0f} s; its log: {self._log}")
-            piece = os.read(self._process.stdout.fileno(), 1 << 16)
-            if not piece:
-                raise self._ended()
-            self._rest += piece
-        line, _, self._rest = self._rest.partition(b"\n")
-        return orjson.loads(line)
-
-    def _ended(self) -> EngineFailed:
-        status = self._process.wait()
-        tail = self._log.read_text(errors="replace").strip().splitlines()[-5:]
-        return EngineFailed(
-            f"the engine process ended with status {status}; its log {self._log} ends:\n" + "\n".join(tail)
-        )
