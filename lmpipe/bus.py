@@ -36,7 +36,7 @@ CHANNELS: tuple[Channel, ...] = ("load", "save")
 Endpoints = Mapping[Channel, str]
 
 HWM = 1024
-RECONNECT_MS, RECONNECT_MAX_MS = 50, 500
+RECONNECT_MS, RECONNECT_MAX_MS = 25, 100
 CONNECT_TIMEOUT_MS = 2000
 BAD_FRAMES_AT_ONCE = 16
 

@@ -15,7 +15,7 @@ from lmpipe.launch.claim import WorkerNote, lock_holder
 from lmpipe.launch.parts import Parts
 from lmpipe.metrics import worker_counters
 from lmpipe.shm.counters import Counters
-from lmpipe.shm.session import Session
+from lmpipe.shm.session import Session, SessionDir
 from lmpipe.spans import Spans
 from lmpipe.stages.runner import Runner
 from lmpipe.topology import NodeInfo, Topology
@@ -45,7 +45,8 @@ def run_worker(run_dir: Path, process: str, ready_fd: int | None) -> int:
         undo.callback(spans.close)
         parts = Parts(info, session, undo)
         cpus = next(p.cpus for p in topology.processes if p.name == process)
-        runner = Runner(counters, spans, heartbeat_s=topology.heartbeat_ms / 1000, drain_s=DRAIN_S, cpus=cpus)
+        beat_s, sessions = topology.heartbeat_ms / 1000, SessionDir(paths.path)
+        runner = Runner(counters, spans, heartbeat_s=beat_s, drain_s=DRAIN_S, cpus=cpus, alive=sessions.alive)
         seats = {
             stage: runner.seat(stage, session, _server(info, stage, session), _client_below(info, stage))
             for stage in stages

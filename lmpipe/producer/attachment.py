@@ -22,7 +22,7 @@ from lmpipe.shm.descriptor import SegmentKind
 from lmpipe.shm.hold import Holds, HoldSet
 from lmpipe.shm.node import NodeWords
 from lmpipe.shm.segment import Segment
-from lmpipe.shm.session import Session
+from lmpipe.shm.session import Session, SessionDir
 from lmpipe.shm.table import SlotTable
 from lmpipe.topology import NodeInfo
 
@@ -87,6 +87,7 @@ class Attachment:
         self.info = info
         run_dir = info.paths
         engines = info.topology.engines
+        self.sessions = SessionDir(run_dir.path)
         self.session = Session.create(run_dir.path, entries=engines.hold_entries, grants=GRANTS)
         opened: list[Segment] = []
         try:

@@ -4,16 +4,19 @@ comes back.
     absent ── node.json found, maps attached ──▶ registering ── Registered ──▶ ready
       ▲                                             │ Refused                     │
       │                                             ▼                            │
-      └──────── no Pong for three heartbeats ◀─── refused      gather's session changed: register again
+      └───── gather's lock is gone, or no Pong   refused      gather's session changed: register again
+             for three heartbeats
 
 Losing gather loses nothing that is mapped: the attachment stays and DRAM hits go on. Only messages stop: saves are
-dropped and loads from below fail at once, each with its reason. No thread of the engine ever waits on a socket. Owns
-the sockets; knows no pages.
+dropped and loads from below fail at once, each with its reason. While somebody waits for gather its lock is looked at
+`LOOK_S` apart, and a gather that has died is soon back: its successor is looked for `CONNECTING_S` apart. No thread of
+the engine ever waits on a socket. Owns the sockets; knows no pages.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
 import time
@@ -32,6 +35,9 @@ log = logging.getLogger("lmpipe.producer")
 
 MISSED_BEATS = 3
 CONNECTING_S = 0.02
+EAGER_S = 10.0
+"""So long the successor of a gather that died is looked for more often than at every heartbeat."""
+LOOK_S = 0.05
 OUTBOX_MESSAGES = 4096
 
 Answer = m.Loaded | m.LoadFailed | m.Pinned | m.Invalidated
@@ -102,6 +108,10 @@ class Link:
         self._on_lost, self._on_beat = on_lost, on_beat
         self.state = "absent"
         self.reason = "not attached yet"
+        self.loss = "lmpipe lost"
+        """Why gather was lost the last time."""
+        self.saves_open: Callable[[], bool] = lambda: False
+        """Whether saves wait for an answer; set by who makes them."""
         self.attachment: Attachment | None = None
         self._former: list[Attachment] = []
         self.registered: m.Registered | None = None
@@ -117,6 +127,7 @@ class Link:
         self._stop = False
         self._beat_s = 1.0
         self._next_beat_s = 0.0
+        self._next_look_s = 0.0
         self._eager_until_s = 0.0
         self._last_pong_s = 0.0
         self._unanswered = 0
@@ -147,6 +158,20 @@ class Link:
         with self._answers_lock:
             self._answers.pop(ref, None)
 
+    def gather_died(self) -> bool:
+        """Whether the gather of this registration is dead, not only silent. Takes microseconds; then the link knows."""
+        registered, attachment = self.registered, self.attachment
+        if registered is None or attachment is None:
+            return False  # lost already, and said so
+        try:
+            died = not attachment.sessions.alive(registered.session)
+        except OSError:  # no descriptor to be had: nothing is known
+            return False
+        if died and threading.current_thread() is not self._thread:
+            self._next_look_s = 0.0
+            self._wakeup.wake()
+        return died
+
     def wait_ready(self, timeout_s: float) -> bool:
         """Wait until registered (or refused)."""
         with self._changed:
@@ -169,9 +194,12 @@ class Link:
                 now_s = time.monotonic()
                 if now_s >= self._next_beat_s:
                     self._next_beat_s = now_s + self._beat_s
+                    self._look(now_s)
                     self._beat(now_s)
+                elif now_s >= self._next_look_s and self._is_waited_for():
+                    self._look(now_s)
                 self._send()
-                self._poller.poll(max(0, int((self._next_beat_s - time.monotonic()) * 1000)) if not self._outbox else 0)
+                self._poller.poll(self._wait_ms())
                 self._wakeup.clear()
                 self._receive()
             self._send()
@@ -183,6 +211,25 @@ class Link:
             self._wakeup.close()
             for attachment in (*self._former, *([self.attachment] if self.attachment else [])):
                 attachment.retire(abandon=True)
+
+    def _is_waited_for(self) -> bool:
+        return self.state == "ready" and (bool(self._answers) or self.saves_open())
+
+    def _wait_ms(self) -> int:
+        if self._outbox:
+            return 0
+        due_s = min(self._next_beat_s, self._next_look_s) if self._is_waited_for() else self._next_beat_s
+        return max(0, math.ceil((due_s - time.monotonic()) * 1000))
+
+    def _look(self, now_s: float) -> None:
+        self._next_look_s = now_s + LOOK_S
+        if self.state != "ready" or not self.gather_died():
+            return
+        self._receive()  # what it said before
+        if self.registered is not None:
+            self._lost("gather died")
+        self._close_client()  # what is said from now on is for its successor
+        self._eager_until_s, self._next_beat_s = now_s + EAGER_S, now_s
 
     def _set_state(self, state: str, reason: str) -> None:
         with self._changed:
@@ -200,7 +247,7 @@ class Link:
             self._attach()
             if self.attachment is not None and self._client is not None:
                 said = self._client.send("load", self._hello(self.attachment))
-                if not said and now_s < self._eager_until_s:  # the socket is still connecting
+                if not said and now_s < self._eager_until_s:  # the socket is still connecting, or nobody is there
                     self._next_beat_s = now_s + CONNECTING_S
         elif self._client is not None and self.attachment is not None:
             self._client.send("load", m.Ping(session=self.attachment.session.id, sent_ns=time.monotonic_ns()))
@@ -208,10 +255,12 @@ class Link:
         self._on_beat(self.attachment)
 
     def _attach(self) -> None:
-        """Map the node that is there now; keep the maps when it is still the same one."""
+        """Map the node that is there now, and connect; keep the maps when it is still the same one."""
         try:
             info = NodeInfo.read(self._run_dir)
             if self.attachment is not None and (info.created, info.arena_id) == self._node:
+                if self._client is None:
+                    self._connect(info)
                 return
             fresh = Attachment(info)
         except (LmpipeError, OSError) as error:
@@ -225,7 +274,10 @@ class Link:
             old.retire()  # finds of it may still be loaded: its maps are what they were
             self._former = [former for former in (*self._former, old) if not former.closed]
         self._beat_s = info.topology.heartbeat_ms / 1000
-        self._eager_until_s = time.monotonic() + self._beat_s
+        self._eager_until_s = max(self._eager_until_s, time.monotonic() + self._beat_s)
+        self._connect(info)
+
+    def _connect(self, info: NodeInfo) -> None:
         self._close_client()
         self._client = Client({channel: info.endpoints["gather"][channel] for channel in CHANNELS})
         self._poller.register(self._client)
@@ -297,7 +349,7 @@ class Link:
 
     def _lost(self, reason: str) -> None:
         log.info("lmpipe is gone (%s); the engine computes on", reason)
-        self.registered = None
+        self.registered, self.loss = None, reason
         self._set_state("absent", reason)
         self._fail_all()
         self._on_lost(reason)

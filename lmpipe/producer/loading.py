@@ -1,8 +1,8 @@
 """Loading: the engine's own threads copy held slots into its pages; what lies below DRAM is asked for first and copied
 as it arrives.
 
-No worker ever writes engine memory, so a late or stopped one cannot hurt. The deadline ends the wait; what has not come
-is recomputed.
+No worker ever writes engine memory, so a late or stopped one cannot hurt. The deadline ends the wait, and so does the
+death of gather; what has not come is recomputed.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from lmpipe.handles import ChunkRecords, Tier
 from lmpipe.producer.attachment import TIERS, Attachment, Found, slots_of
 from lmpipe.producer.link import Answer, Link
 from lmpipe.producer.saving import PageIds
+
+LOOK_S = 0.02
+"""How often a load that waits looks whether gather lives."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,12 +125,16 @@ class Loader:
         page_ids: PageIds,
         deadline_ns: int,
     ) -> None:
+        died = False
         while arrivals.waiting:
             left_s = (deadline_ns - time.monotonic_ns()) / 1e9
             try:
-                answer = answers.get(timeout=max(left_s, 0.0)) if left_s > 0 else answers.get_nowait()
+                answer = answers.get(timeout=min(left_s, LOOK_S)) if left_s > 0 else answers.get_nowait()
             except queue.Empty:
-                arrivals.failed.add("deadline")
+                if left_s > LOOK_S and not died:
+                    died = self._link.gather_died()  # the link brings what it had said, and then the end
+                    continue
+                arrivals.failed.add("gather died" if died else "deadline")
                 self._link.post("load", m.Cancel(attachment.session.id, load_id))
                 return
             match answer:
@@ -138,7 +145,7 @@ class Loader:
                     for key in answer.chunks["key"].tolist():
                         arrivals.waiting.pop(key, None)
                 case _:
-                    arrivals.failed.add("lmpipe lost")
+                    arrivals.failed.add(self._link.loss if self._link.state == "absent" else "lmpipe lost")
                     return
 
     def _arrived(

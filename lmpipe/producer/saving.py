@@ -166,6 +166,7 @@ class Saver:
         self._copier = native.Copier(copy_threads)
         self._jobs: queue.Queue[_Job | None] = queue.Queue(QUEUED_SAVES)
         self.tickets: dict[int, SaveTicket] = {}
+        link.saves_open = lambda: bool(self.tickets)
         self._thread = threading.Thread(target=self._run, name="lmpipe-save", daemon=True)
         self._thread.start()
 

@@ -16,11 +16,12 @@ import logging
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lmpipe.bus import Channel, Client, Peer, Poller, Server, Wakeup
 from lmpipe.errors import LmpipeError, ProtocolViolation
+from lmpipe.handles import SessionId
 from lmpipe.messages import Drain, Message, Ping, Pong, Refused, chunk_count, id_of
 from lmpipe.shm.counters import Counters
 from lmpipe.shm.session import Session
@@ -57,10 +58,14 @@ class Runner:
         drain_s: float = 5.0,
         saves_at_once: int = SAVES_AT_ONCE,
         cpus: Sequence[int] | None = None,
+        alive: Callable[[SessionId], bool] = lambda _: True,
     ) -> None:
-        """`drain_s`: how long the orderly end may take; `cpus`: the only ones to run on."""
+        """`drain_s`: how long the orderly end may take; `cpus`: the only ones to run on; `alive`: whether a session of
+        the node still lives.
+        """
         self._counters, self._spans = counters, spans
         self._heartbeat_s, self._drain_s, self._saves_at_once, self._cpus = heartbeat_s, drain_s, saves_at_once, cpus
+        self._alive = alive
         self._seats: list[Seat] = []
         self._by_source: dict[Server | Client, Seat] = {}
         self._names: dict[tuple[str, type[Message]], str] = {}
@@ -76,7 +81,7 @@ class Runner:
     ) -> Seat:
         """A place for a stage; it is the stage's `Context`. Stages that share a process sit in flow order."""
         pool = Pool(name, threads, self._spans, self._wakeup.wake)
-        seat = Seat(name, session, server, client, pool, self._counters, self._spans, self._heartbeat_s)
+        seat = Seat(name, session, server, client, pool, self._counters, self._spans, self._heartbeat_s, self._alive)
         self._seats.append(seat)
         self._poller.register(server)
         self._by_source[server] = seat

@@ -1,6 +1,7 @@
 """A stage's place in a runner: its sockets, its worker threads, and what is known of the stages below.
 
-Implements `Context`. Keeps the heartbeat with the stage below. Knows no concrete stage and no other seat.
+Implements `Context`. Keeps the heartbeat with the stage below, and notices by its session's lock when it dies. Knows
+no concrete stage and no other seat.
 """
 
 from __future__ import annotations
@@ -24,6 +25,10 @@ T = TypeVar("T")
 MISSED_PINGS = 3
 SEARCH_S = 0.25
 """How often a stage without an answer from below asks again."""
+EAGER_S, EAGER_SEARCH_S = 10.0, 0.02
+"""So long after the start, or after the death of a stage below, it asks more often; and how often."""
+LOOK_S = 0.05
+"""Whether the stages below live is looked at in every turn, but not more often than this."""
 
 MAX_PINGERS = 16
 
@@ -45,6 +50,7 @@ class Seat:
         counters: Counters,
         spans: Spans,
         heartbeat_s: float,
+        alive: Callable[[SessionId], bool],
     ) -> None:
         self.name, self.server, self.client, self.pool = name, server, client, pool
         self.chain: dict[str, SessionId] = {}
@@ -55,7 +61,8 @@ class Seat:
         self.touched = True
         self.bad_frames = 0
         self._session, self._id = session, session.id
-        self._counters, self._spans, self._heartbeat_s = counters, spans, heartbeat_s
+        self._counters, self._spans, self._heartbeat_s, self._alive = counters, spans, heartbeat_s, alive
+        self._look_at_s, self._eager_until_s = 0.0, self.now_s() + EAGER_S
         self._ping_due_s = 0.0 if client else float("inf")
         self._beaten_s = 0.0
         self._prompted = False
@@ -146,7 +153,11 @@ class Seat:
 
     def beat(self, now_s: float) -> None:
         """Ping the stage below when it is time. Unanswered pings count, not time: we may have been stopped."""
-        if self.client is None or now_s < self._ping_due_s:
+        if self.client is None:
+            return
+        if self.chain and now_s >= self._look_at_s:
+            self._look(now_s)
+        if now_s < self._ping_due_s:
             return
         if self.chain and self._missed >= MISSED_PINGS:
             self._below({})
@@ -154,8 +165,21 @@ class Seat:
         self._missed += 1
         self._beaten_s = now_s
         beat_s = self._heartbeat_s * (1.25 if self._prompted else 1.0)
-        self._ping_due_s = now_s + (beat_s if self.chain else min(self._heartbeat_s, SEARCH_S))
+        search_s = EAGER_SEARCH_S if now_s < self._eager_until_s else SEARCH_S
+        self._ping_due_s = now_s + (beat_s if self.chain else min(self._heartbeat_s, search_s))
         self._prompted = False
+
+    def _look(self, now_s: float) -> None:
+        """Search for the successor of a dead stage at once; when it is further down, let the stage above it look."""
+        self._look_at_s = now_s + LOOK_S
+        dead = [session for session in self.chain.values() if not self._alive(session)]
+        if not dead or self.client is None:
+            return
+        if dead[0] == next(iter(self.chain.values())):
+            self._ping_due_s, self._eager_until_s = now_s, now_s + EAGER_S
+            self._below({})
+        else:
+            self.client.send("load", Ping(self._id, 0))  # not one that counts when it is not answered
 
     def ponged(self, pong: Pong) -> None:
         """The stage below lives, and says what is below it."""

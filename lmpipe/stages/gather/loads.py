@@ -1,14 +1,16 @@
 """Loads from below DRAM: destination slots, who writes them, who waits for them.
 
 The slot of a load is leased to the stage that will write it, so it comes back when that stage says it failed or when
-its session is dead, and only then. A deadline ends the waiting, not the lease: what arrives late is committed all the
-same, for the next request.
+its session is dead, and only then. A deadline ends the waiting, not the lease, and so does the death of a stage on the
+way: what arrives late is committed all the same, for the next request.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 import numpy as np
 
@@ -23,6 +25,9 @@ WRITERS = {Tier.SSD: "persist", Tier.REMOTE: "replicate"}
 """The stage that writes a chunk that is stored raw; encoded ones are written by the decoder."""
 DECODER = "compress"
 
+Route = tuple[tuple[str, SessionId], ...]
+"""The stages that a load passes through, nearest first, each in the life in which it was asked."""
+
 
 @dataclass(slots=True, eq=False)
 class Waiter:
@@ -34,6 +39,8 @@ class Waiter:
     deadline_ns: int
     names: dict[Name, bytes] = field(default_factory=dict[Name, bytes])
     """The records still awaited, as they were asked for."""
+    routes: set[Route] = field(default_factory=set[Route])
+    """Of the flights it has waited for."""
 
 
 @dataclass(slots=True)
@@ -43,6 +50,7 @@ class Flight:
     slot: Slot
     owner: SessionId
     tier: Tier
+    route: Route
     waiters: list[Waiter] = field(default_factory=list[Waiter])
     unwanted: bool = False
     """Invalidated on the way: it is freed when it lands."""
@@ -86,6 +94,7 @@ class Loads:
     def ask(self, waiter: Waiter, records: ChunkRecords, chain: Mapping[str, SessionId]) -> Asked:
         """Sort a request: what is in DRAM by now, what is on its way, what has to be asked for, what cannot come."""
         asked = Asked()
+        chain = self._living(chain)
         for name, record in zip(names_of(records), records, strict=True):
             raw = record.tobytes()
             row = self._dram.row(name[0])
@@ -95,9 +104,10 @@ class Loads:
             flight = self._flights.get(name)
             if flight is None:
                 flight = self._start(name, raw, chain, asked)
-            if flight is not None and waiter.peer is not None:
+            if flight is not None and waiter.peer is not None and name not in waiter.names:
                 flight.waiters.append(waiter)
                 waiter.names[name] = raw
+                waiter.routes.add(flight.route)
         if waiter.names:
             self._waiters.append(waiter)
         self._dram.touch([name[0] for name in names_of(records)])
@@ -115,7 +125,7 @@ class Loads:
         writer = WRITERS[tier] if int(record["codec"]) == Codec.RAW else DECODER
         owner = chain.get(writer)
         if owner is None or WRITERS[tier] not in chain:
-            asked.fail(f"{writer} is down", raw)
+            asked.fail(f"{WRITERS[tier] if owner else writer} is down", raw)
             return None
         slot = self._dram.reserve(int(record["raw_bytes"]), owner)
         if slot is None:
@@ -124,8 +134,13 @@ class Loads:
         record = record.copy()
         record["place"] = slot.place
         asked.down.append(record.tobytes())
-        flight = self._flights[name] = Flight(slot, owner, tier)
+        route = tuple(chain.items())[: list(chain).index(WRITERS[tier]) + 1]
+        flight = self._flights[name] = Flight(slot, owner, tier, route)
         return flight
+
+    def _living(self, chain: Mapping[str, SessionId]) -> dict[str, SessionId]:
+        """The chain down to the first stage that is dead: no load gets past it."""
+        return dict(takewhile(lambda link: self._alive(link[1]), chain.items()))
 
     def _stored(self, name: Name) -> tuple[Tier, np.void] | None:
         for tier, reader in self._below.items():
@@ -163,6 +178,35 @@ class Loads:
         if self._dram.arena.state(flight.slot.index)[1] in LEASED_STATES:
             self._dram.arena.free(flight.slot)
         return self.settle(name)
+
+    @property
+    def waited_for(self) -> bool:
+        """Whether somebody waits."""
+        return bool(self._waiters)
+
+    def stranded(self) -> list[tuple[Waiter, str, list[bytes]]]:
+        """Chunks that somebody waits for in vain, for a stage on their way is dead: who, which stage, the records.
+        They are waited for no longer; their flights go on, until the owner of the slot fails or dies.
+        """
+        dead = {route: stage for route in self._routes() if (stage := self._dead_stage(route))}
+        found: list[tuple[Waiter, str, list[bytes]]] = []
+        for waiter in self._waiters if dead else ():
+            by_stage: dict[str, list[bytes]] = defaultdict(list)
+            for name in list(waiter.names):
+                flight = self._flights[name]
+                if flight.route in dead:
+                    flight.waiters.remove(waiter)
+                    by_stage[dead[flight.route]].append(waiter.names.pop(name))
+            waiter.routes.difference_update(dead)
+            found += [(waiter, stage, records) for stage, records in by_stage.items()]
+        self._waiters = [waiter for waiter in self._waiters if waiter.names]
+        return found
+
+    def _routes(self) -> set[Route]:
+        return {route for waiter in self._waiters for route in waiter.routes}
+
+    def _dead_stage(self, route: Route) -> str:
+        return next((stage for stage, session in route if not self._alive(session)), "")
 
     def orphans(self) -> list[Name]:
         """Flights whose writer is dead."""
