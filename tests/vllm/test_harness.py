@@ -101,7 +101,7 @@ def test_hybrid(hybrid: Path) -> None:
 def test_mla(mla: Path) -> None:
     with Engine(mla) as engine:
         tokens = engine.generate(PROMPTS)
-        assert {tensor.shape[1:] for tensor in engine.kv_caches.values()} == {(16, 576)}
+        assert {tensor.shape[2:] for tensor in engine.kv_caches.values()} == {(576,)}
         name = engine.add_request(PROMPTS[1])
         engine.step()
         engine.scramble()
