@@ -33,14 +33,14 @@ def connector(node: Node | Path, **settings: Any) -> dict[str, Any]:
     }
 
 
-def tiers(directory: Path, **changes: Any) -> dict[str, Any]:
+def tiers(directory: Path, codec: str = "raw", **changes: Any) -> dict[str, Any]:
     """A node with all three tiers, for `Node`; a busy machine is not taken for a dead one."""
-    remote = {"url": f"file://{directory}/remote", "capacity": "64MiB"}
+    remote = {"url": f"file://{directory}/remote", "capacity": "64MiB", "codec": codec}
     return {
         "chunk_tokens": CHUNK,
         "heartbeat_ms": 300,
         "restarts": {"budget": 1000, "window_s": 1},
-        "tiers": {"dram": {"capacity": "32MiB"}, "remote": remote, **changes},
+        "tiers": {"dram": {"capacity": "32MiB"}, "ssd": {"codec": codec}, "remote": remote, **changes},
     }
 
 
@@ -85,6 +85,11 @@ def settled(engine: Engine, *where: str, prompt: list[int] | None = None) -> Non
     for producer in producers(engine)[1:]:
         keyed = producer.prompt(prompt) if prompt is not None else None
         assert producer.flush(keyed, timeout_s=WAIT_S, tiers=where)
+
+
+def idle(engine: Engine) -> None:
+    """Step until vLLM has nothing left, blocks that wait for their saves too."""
+    until(lambda: (engine.llm.llm_engine.step(), not engine.scheduler.has_requests())[1], "the engine is idle")
 
 
 def ask(engine: Engine, prompts: list[list[int]], max_tokens: int = 8, **how: Any) -> tuple[list[list[int]], list[int]]:
