@@ -12,7 +12,11 @@ from rig import WAIT_S, Engine, EngineProcess, all_tiers, assert_nothing_leaks, 
 
 from lmpipe.handles import Tier
 from lmpipe.keys import Prompt
+from lmpipe.lifecycle import SlotState
 from lmpipe.producer import LoadResult
+from lmpipe.shm.descriptor import SegmentKind
+from lmpipe.shm.segment import Segment
+from lmpipe.shm.table import SlotTable
 from lmpipe.testing import Node
 
 CHUNKS = 12
@@ -37,6 +41,20 @@ def in_dram(engine: Engine, prompt: Prompt) -> int:
     attachment = engine.producer._link.attachment
     assert attachment is not None
     return sum(bool(attachment.readers[0].run([key])) for key in prompt.index_keys)
+
+
+def until_persisted(node: Node) -> None:
+    """Waits until every tier has taken what it is to take: what it has not is evicted last, before any newer row."""
+
+    def pending() -> int:
+        arena = SlotTable(Segment.attach(node.paths.arena, SegmentKind.SLOTS))
+        try:
+            states = enumerate(arena.state(index)[1] for index in range(arena.slots))
+            return sum(state is SlotState.COMMITTED and bool(arena.pending(index)) for index, state in states)
+        finally:
+            arena.close()
+
+    until(lambda: not pending(), "every tier has taken what it is to take")
 
 
 def ranks_with_a_prompt_below(node: Node, tenant: str) -> tuple[list[Engine], Prompt]:
@@ -71,6 +89,7 @@ def test_one_rank_s_load_does_not_hide_an_evicted_row_from_the_other(node: Node)
             if not in_dram(ranks[0], prompt):
                 break
             assert other.save(other.prompt(seed, 16)).wait(WAIT_S)
+    until_persisted(node)
     load_one_after_the_other(ranks, prompt)
     assert_nothing_leaks(node, 0)
 
