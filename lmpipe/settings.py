@@ -78,12 +78,15 @@ class Rings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Engines(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What each producer is granted. `leases`: arena slots lent to it at any time."""
+    """What each producer is granted. `leases`: arena slots lent to it at any time. `opaque_pages`: engines are expected
+    whose pages have an unknown inner order (vLLM on CPUs); codecs that compute with numbers are then refused at once.
+    """
 
     leases: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 16
     max_producers: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 64
     hold_entries: Annotated[int, msgspec.Meta(ge=64, le=1 << 20)] = 16384
     load_deadline_ms: Milliseconds = 2000
+    opaque_pages: bool = False
 
 
 class LoadRates(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -87,8 +87,19 @@ class _Versioned(msgspec.Struct):
     version: int
 
 
-def load(path: Path | str) -> Topology:
-    """The topology in the file `path`. Raises TopologyError: all problems, each with file, line, path and mend."""
+Conflicts = Callable[[Topology], list[tuple[str, str]]]
+"""Gives (path, problem) for everything in a topology that is right by itself and wrong together."""
+
+
+def _none(_: Topology) -> list[tuple[str, str]]:
+    return []
+
+
+def load(path: Path | str, also: Conflicts = _none) -> Topology:
+    """The topology in the file `path`. Raises TopologyError: all problems, each with file, line, path and mend.
+
+    `also` finds what this file does not know of: `codecs.conflicts`.
+    """
     path = Path(path)
     try:
         text = path.read_bytes().decode()
@@ -96,17 +107,17 @@ def load(path: Path | str) -> Topology:
         raise TopologyError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise TopologyError(f"{path}: byte {error.start} is not UTF-8 text") from None
-    return parse(text, str(path), path.absolute().parent)
+    return parse(text, str(path), path.absolute().parent, also)
 
 
-def parse(text: str, origin: str, base: Path) -> Topology:
+def parse(text: str, origin: str, base: Path, also: Conflicts = _none) -> Topology:
     """The topology in `text`; errors call it `origin`, relative directories start at `base`. Raises TopologyError."""
     try:
         topology, marks = strict_yaml.read(text, Topology)
     except strict_yaml.Unfit as unfit:
         raise _error(origin, unfit.problems) from None
     topology = _resolved(topology, base)
-    problems = [(marks.line(path), path, problem) for path, problem in _conflicts(topology)]
+    problems = [(marks.line(path), path, problem) for path, problem in _conflicts(topology) + also(topology)]
     if problems:
         raise _error(origin, problems)
     return topology
@@ -134,7 +145,7 @@ def _resolved(topology: Topology, base: Path) -> Topology:
 
 
 def _conflicts(topology: Topology) -> list[tuple[str, str]]:
-    """(path, problem) for everything that is right by itself and wrong together."""
+    """The `Conflicts` that need nothing but the topology."""
     found: list[tuple[str, str]] = []
 
     def wrong(path: str, problem: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 
+from lmpipe import codecs
 from lmpipe import topology as tp
 from lmpipe.cli.nodes import Subparsers, add_verb
 from lmpipe.cli.picture import draw, size
@@ -32,7 +33,7 @@ def add(verbs: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit status 0: right, warnings or not; 2: wrong."""
-    topology = tp.load(args.file)
+    topology = tp.load(args.file, codecs.conflicts)
     warnings = warnings_of(topology)
     if args.json:
         print(json.dumps({"topology": msgspec.to_builtins(topology), "warnings": warnings}, indent=2))

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from lmpipe import codecs
 from lmpipe import topology as tp
 from lmpipe.cli.nodes import Subparsers, add_verb
 from lmpipe.errors import LmpipeError
@@ -37,7 +38,7 @@ def add(verbs: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit status 0 after an orderly stop (or, detached, when ready)."""
-    topology = tp.load(args.file)
+    topology = tp.load(args.file, codecs.conflicts)
     if args.detach:
         return _detach(args, RunDir(Path(topology.run_dir)))
     say = Speaker(json_lines=args.json)

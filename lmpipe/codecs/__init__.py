@@ -7,6 +7,7 @@ from typing import Protocol
 from lmpipe.codecs.raw import RawCodec
 from lmpipe.codecs.zstd import ZstdCodec
 from lmpipe.handles import Codec
+from lmpipe.settings import Tiers, Topology
 
 
 class ChunkCodec(Protocol):
@@ -28,6 +29,11 @@ class ChunkCodec(Protocol):
     @property
     def lossless(self) -> bool:
         """Whether decoding gives back every bit."""
+        ...
+
+    @property
+    def numeric(self) -> bool:
+        """Whether it has to know the order inside a page (`KVLayout.canonical`); False: bytes are bytes to it."""
         ...
 
     def bound(self, raw_bytes: int) -> int:
@@ -61,3 +67,28 @@ def codec_named(name: str) -> ChunkCodec:
         KeyError: there is none of that name.
     """
     return {codec.name: codec for codec in CODECS.values()}[name]
+
+
+def misfits(tiers: Tiers, *, opaque: bool) -> list[tuple[str, str]]:
+    """(path in the topology, problem and mend) of each tier whose codec cannot take the chunks of an engine.
+
+    Args:
+        opaque: whether the order inside the engine's pages is unknown (`KVLayout.opaque_page_bytes`).
+    """
+    named = {codec.name: codec for codec in CODECS.values()}
+    bytewise = " or ".join(codec.name for codec in CODECS.values() if not codec.numeric)
+    below = {"ssd": tiers.ssd, "remote": tiers.remote}
+    return [
+        (
+            f"tiers.{name}.codec",
+            f"{tier.codec} computes with the numbers in a page, whose order is unknown where pages are opaque; choose"
+            f" {bytewise} for this tier",
+        )
+        for name, tier in below.items()
+        if opaque and tier and tier.codec in named and named[tier.codec].numeric
+    ]
+
+
+def conflicts(topology: Topology) -> list[tuple[str, str]]:
+    """`misfits` of what the topology says of its engines; for `topology.load`."""
+    return misfits(topology.tiers, opaque=topology.engines.opaque_pages)

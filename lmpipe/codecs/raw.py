@@ -12,6 +12,7 @@ class RawCodec:
     number = Codec.RAW
     name = "raw"
     lossless = True
+    numeric = False
 
     def bound(self, raw_bytes: int) -> int:
         """No more than the payload."""

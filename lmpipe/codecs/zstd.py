@@ -26,6 +26,7 @@ class ZstdCodec:
     number = Codec.ZSTD
     name = "zstd"
     lossless = True
+    numeric = False
 
     def bound(self, raw_bytes: int) -> int:
         """ZSTD_compressBound (zstd.h), and room for the frame's header and checksum."""

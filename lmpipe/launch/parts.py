@@ -71,6 +71,7 @@ class Parts:
             self._scanner,
             self._sessions,
             pages=self._paths.pages,
+            tiers=topology.tiers,
             chunk_tokens=topology.chunk_tokens,
             leases=engines.leases,
             max_producers=engines.max_producers,

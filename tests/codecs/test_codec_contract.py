@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmpipe.codecs import CODECS, ChunkCodec, codec_named
-from lmpipe.errors import FormatError
+from lmpipe.codecs import CODECS, ChunkCodec, codec_named, conflicts
+from lmpipe.codecs.zstd import ZstdCodec
+from lmpipe.errors import FormatError, TopologyError
 from lmpipe.handles import Codec
+from lmpipe.topology import parse
 
 EVERY = pytest.mark.parametrize("codec", CODECS.values(), ids=lambda c: c.name)
 
@@ -30,6 +34,32 @@ def test_every_number_has_a_codec_and_names_differ() -> None:
     assert [codec_named(c.name) for c in CODECS.values()] == list(CODECS.values())
     with pytest.raises(KeyError):
         codec_named("nothing")
+
+
+def test_codecs_that_compute_with_numbers_are_refused_for_opaque_pages_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Numbers(ZstdCodec):
+        numeric = True
+
+    text = "name: a\nengines: {opaque_pages: %s}\ntiers:\n  dram: {capacity: 1GiB}\n  %s\n"
+    ssd, remote = (
+        "ssd: {directory: d, capacity: 2GiB, codec: %s}",
+        "remote: {url: file:///r, capacity: 1GiB, codec: %s}",
+    )
+
+    def found(opaque: str, ssd: str, remote: str) -> list[str]:
+        try:
+            parse(text % (opaque, f"{ssd}\n  {remote}"), "f.yaml", Path("/base"), conflicts)
+        except TopologyError as error:
+            return str(error).splitlines()
+        return []
+
+    assert found("true", ssd % "zstd", remote % "zstd") == [], "bytes are bytes"
+    monkeypatch.setitem(CODECS, Codec.ZSTD, Numbers())
+    assert found("false", ssd % "zstd", remote % "zstd") == found("true", ssd % "raw", remote % "raw") == []
+    wrong = found("true", ssd % "zstd", remote % "zstd")
+    problem = "zstd computes with the numbers in a page, whose order is unknown where pages are opaque; choose raw for"
+    assert wrong == [f"f.yaml:{5 + at}: tiers.{t}.codec: {problem} this tier" for at, t in enumerate(("ssd", "remote"))]
+    assert "unknown codec" in found("true", ssd % "zzz", remote % "zstd")[0], "which another check refuses"
 
 
 @EVERY

@@ -29,6 +29,7 @@ from lmpipe.stages.gather.parked import Parked
 from lmpipe.stages.gather.producers import Producers
 from lmpipe.stages.gather.saves import Saves
 from lmpipe.tiers.dram import DramTier
+from lmpipe.topology import Tiers
 from lmpipe.wire import VERSION
 
 PENDING = {Tier.SSD: PENDING_SSD, Tier.REMOTE: PENDING_REMOTE}
@@ -48,7 +49,7 @@ class _Recall:
 
 class Gather:
     """The stage. `below` has an index reader for each tier below DRAM; `leases` is what each engine is lent at most;
-    `pages` is where engines put their KV cache.
+    `pages` is where engines put their KV cache, `tiers` what the topology says of tiers.
     """
 
     name = "gather"
@@ -62,6 +63,7 @@ class Gather:
         sessions: SessionDir,
         *,
         pages: Path,
+        tiers: Tiers,
         chunk_tokens: int,
         leases: int,
         max_producers: int,
@@ -70,7 +72,7 @@ class Gather:
         self._context, self._dram, self._holds = context, dram, holds
         self._chunk_tokens = chunk_tokens
         self._bits = sum(PENDING[tier] for tier in below)
-        self._producers = Producers(dram, sessions.alive, max_producers, leases, pages)
+        self._producers = Producers(dram, sessions.alive, max_producers, leases, pages, tiers)
         self._loads = Loads(dram, below, sessions.alive)
         self._outflow = Outflow(dram, self._send_down)
         self._saves = Saves(context, dram, self._producers, self._outflow, holds, self._bits, copy_threads)

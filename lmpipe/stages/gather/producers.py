@@ -14,6 +14,7 @@ import numpy as np
 
 from lmpipe import messages as m
 from lmpipe import native
+from lmpipe.codecs import misfits
 from lmpipe.errors import LayoutError, SegmentError
 from lmpipe.handles import SessionId, Slot
 from lmpipe.lifecycle import SlotState
@@ -22,6 +23,7 @@ from lmpipe.shm.pages import sweep
 from lmpipe.shm.segment import Segment
 from lmpipe.stages.base import Peer
 from lmpipe.tiers.dram import DramTier
+from lmpipe.topology import Tiers
 
 QUANTUM_BYTES = 32 << 20
 """What one engine's saves may copy before the next engine has its turn."""
@@ -62,10 +64,15 @@ class Engine:
 
 
 class Producers:
-    """The registry. `alive` says whether a session's lock is still held, `pages` where engines put their KV cache."""
+    """The registry. `alive` says whether a session's lock is still held, `pages` where engines put their KV cache,
+    `tiers` by which codecs their chunks will go.
+    """
 
-    def __init__(self, dram: DramTier, alive: Callable[[SessionId], bool], most: int, leases: int, pages: Path) -> None:
-        self._dram, self._alive, self._most, self._leases, self._pages = dram, alive, most, leases, pages
+    def __init__(
+        self, dram: DramTier, alive: Callable[[SessionId], bool], most: int, leases: int, pages: Path, tiers: Tiers
+    ) -> None:
+        self._dram, self._alive, self._most, self._leases = dram, alive, most, leases
+        self._pages, self._tiers = pages, tiers
         self._engines: dict[SessionId, Engine] = {}
         self._orphans: dict[SessionId, set[int]] = {}
         """Leases found in the arena after a restart, whose holders have not registered again."""
@@ -101,6 +108,8 @@ class Producers:
                 f"a chunk of {hello.chunk_tokens} tokens takes {chunk_bytes} bytes, the arena has"
                 f" {self._dram.arena.capacity_bytes}: raise tiers.dram.capacity or lower chunk_tokens"
             )
+        if wrong := misfits(self._tiers, opaque=bool(layout.opaque_page_bytes)):
+            raise LayoutError("; ".join(f"{path}: {problem}" for path, problem in wrong))
         session = SessionId(hello.session)
         if not self._alive(session):
             raise SegmentError(f"session {session:016x} holds no lock in this node's run directory")

@@ -1,0 +1,94 @@
+"""What gather says to an engine whose chunks a tier's codec cannot take."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from lmpipe.codecs import CODECS
+from lmpipe.codecs.zstd import ZstdCodec
+from lmpipe.errors import LayoutError
+from lmpipe.handles import Codec, SessionId, Tier
+from lmpipe.index import IndexWriter
+from lmpipe.layout import KVLayout
+from lmpipe.messages import Register
+from lmpipe.shm.node import NodeWords
+from lmpipe.shm.slots import SlotOwner
+from lmpipe.stages.base import Peer
+from lmpipe.stages.gather.producers import Engine, Producers
+from lmpipe.tiers.dram import DramTier
+from lmpipe.topology import Tiers, parse
+from lmpipe.wire import VERSION
+
+ME = SessionId(5)
+KNOWN = KVLayout.paged(2, 2, 32, "float16", 16)
+OPAQUE = replace(KNOWN, page=("opaque",), opaque_page_bytes=2048)
+
+
+class Nobody:
+    """No hold is taken here."""
+
+    def held(self) -> frozenset[int]:
+        return frozenset()
+
+
+@pytest.fixture
+def dram() -> Iterator[DramTier]:
+    path = Path(f"/dev/shm/lmpipe-test-{os.getpid()}-{secrets.token_hex(4)}")
+    (path / "index").mkdir(parents=True, mode=0o700)
+    path.chmod(0o700)
+    node = NodeWords.create(path / "node.shm")
+    arena = SlotOwner.create(path / "arena.shm", 1 << 20, 64)
+    index = IndexWriter(path, Tier.DRAM, 1 << 20, node)
+    yield DramTier(arena, index, Nobody(), lambda: 0.0)
+    index.close()
+    arena.close()
+    node.close()
+    shutil.rmtree(path)
+
+
+def tiers_of(codec: str) -> Tiers:
+    text = f"name: a\ntiers: {{dram: {{capacity: 1GiB}}, ssd: {{directory: d, capacity: 2GiB, codec: {codec}}}}}"
+    return parse(text, "f.yaml", Path("/base")).tiers
+
+
+def register(dram: DramTier, layout: KVLayout, codec: str) -> Engine:
+    producers = Producers(dram, lambda _: True, 4, 4, Path("/dev/shm/lmpipe-test-absent.pages"), tiers_of(codec))
+    hello = Register(
+        session=ME,
+        versions=[VERSION],
+        role="producer",
+        name="engine",
+        pid=1,
+        layout=asdict(layout),
+        chunk_tokens=16,
+        shard=0,
+        shards=1,
+        namespace="ab" * 32,
+        leases=4,
+        pages=None,
+    )
+    return producers.register(hello, Peer("save", b"x"))
+
+
+def test_byte_codecs_take_every_layout(dram: DramTier) -> None:
+    for codec in ("raw", "zstd"):
+        assert register(dram, OPAQUE, codec).chunk_bytes == register(dram, KNOWN, codec).chunk_bytes
+
+
+def test_a_codec_that_computes_with_numbers_takes_no_opaque_pages(
+    dram: DramTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Numbers(ZstdCodec):
+        numeric = True
+
+    monkeypatch.setitem(CODECS, Codec.ZSTD, Numbers())
+    with pytest.raises(LayoutError, match=r"^tiers\.ssd\.codec: zstd computes .*; choose raw for this tier$"):
+        register(dram, OPAQUE, "zstd")
+    assert register(dram, OPAQUE, "raw").session == register(dram, KNOWN, "zstd").session == ME
