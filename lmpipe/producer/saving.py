@@ -13,12 +13,14 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
 from lmpipe import messages as m
 from lmpipe import native
+from lmpipe.bus import Channel
 from lmpipe.handles import CHUNK, ChunkRecords, Codec, Fidelity, Slot
 from lmpipe.keys import Prompt, namespace_id
 from lmpipe.lifecycle import SlotEvent
@@ -67,6 +69,8 @@ class SaveTicket:
     dropped: dict[str, int] = field(default_factory=dict[str, int])
     book: Callable[[str, int], None] = lambda _, __: None
     """Told of every chunk's end, by the name of its counter."""
+    used: Callable[[], None] = lambda: None
+    """Told at the end if any of it can be found."""
     _done: threading.Event = field(default_factory=threading.Event)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _grant: Grant | None = None
@@ -134,6 +138,8 @@ class SaveTicket:
             grant.release()
         if not self._reading:
             self.copied.set()
+        if self.saved or self.known:
+            self.used()
         self._done.set()
 
     def open_chunks(self) -> int:
@@ -176,6 +182,7 @@ class Saver:
         """Queue a save. Called on the engine's thread: no copy, no socket, no index read."""
         view = prompt.part(0)  # an engine's prompt goes on growing
         records = chunk_records(prompt, first, ticket.chunks, self._wanted(), self._ttl_s)
+        ticket.used = partial(self._touch, "load", view, first + ticket.chunks)
         # The ids are copied: an engine's block table goes on changing.
         job = _Job(ticket, view, records, first, pool, np.array(page_ids, np.int32, order="C"))
         self.tickets[ticket.save_id] = ticket
@@ -183,6 +190,13 @@ class Saver:
             self._jobs.put_nowait(job)
         except queue.Full:
             self.finish(ticket, "save queue full")
+
+    def _touch(self, channel: Channel, prompt: Prompt, chunks: int) -> None:
+        """A prompt's head stays more recent than what came after it, and what the engine has is in use."""
+        attachment = self._link.attachment
+        if attachment is not None:
+            used = chunk_records(prompt, 0, chunks, self._wanted())
+            self._link.post(channel, m.Touch(attachment.session.id, used))
 
     def finish(self, ticket: SaveTicket, reason: str) -> None:
         """End a save that gets no more answers."""
@@ -262,9 +276,8 @@ class Saver:
             message = m.Save(attachment.session.id, ticket.save_id, "arena", records, _NO_PAGES, -1)
             if len(records) and not self._link.post("save", message):
                 ticket.count(dropped=len(records), reason="gather busy")
-            elif job.first + at > len(records):  # the head stays more recent than what came after it
-                so_far = chunk_records(job.prompt, 0, job.first + at, self._wanted())
-                self._link.post("save", m.Touch(attachment.session.id, so_far))
+            elif not ticket.done and job.first + at > len(records):
+                self._touch("save", job.prompt, job.first + at)  # behind what was just sent
             self._leases.done(slots)
 
     def _fill(
