@@ -45,6 +45,15 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return run_dir_of(self.node)
 
 
+def loads_whole_prompts_only(config: VllmConfig) -> bool:
+    """Whether this engine's prefill ignores what is cached: then a hit is of use only if one token is left, which is
+    computed as a decode.
+
+    vLLM's MLA prefill on CPUs is of that kind, which is why vLLM turns chunked prefill and prefix caching off there.
+    """
+    return config.model_config.use_mla and not config.scheduler_config.enable_chunked_prefill
+
+
 def settings_of(config: VllmConfig) -> Settings:
     """The settings in a vLLM configuration.
 

@@ -29,7 +29,7 @@ from lmpipe.engines.vllm.identity import namespace_of
 from lmpipe.engines.vllm.loads import LoadThreads
 from lmpipe.engines.vllm.memory import SharedPages
 from lmpipe.engines.vllm.orders import Handshake, LoadOrder, LoadReport, Orders, Reports, SaveOrder
-from lmpipe.engines.vllm.settings import Settings
+from lmpipe.engines.vllm.settings import Settings, loads_whole_prompts_only
 from lmpipe.engines.vllm.stats import Tally
 from lmpipe.errors import UnsupportedError
 from lmpipe.handles import Tier
@@ -244,7 +244,8 @@ class Worker:
         self.tally.loaded(report.result, report.wanted_chunks)
         if not report.failed:
             return
-        if len(order.blocks) != 1:  # block numbers alone do not say which group's they are
+        # Block numbers alone do not say which group's they are.
+        if len(order.blocks) != 1 or loads_whole_prompts_only(self._config):
             results.failed_recving.add(order.request)
             return
         (blocks,) = order.blocks

@@ -26,8 +26,12 @@ class ModelConfig:
     quantization: str | None
     seed: int
     max_model_len: int
+    use_mla: bool
     hf_config: HfConfig
     hf_text_config: HfConfig
+
+class SchedulerConfig:
+    enable_chunked_prefill: bool
 
 class CacheConfig:
     block_size: int
@@ -54,6 +58,7 @@ class VllmConfig:
     kv_transfer_config: KVTransferConfig | None
     parallel_config: ParallelConfig
     model_config: ModelConfig
+    scheduler_config: SchedulerConfig
     cache_config: CacheConfig
     load_config: LoadConfig
     device_config: DeviceConfig
