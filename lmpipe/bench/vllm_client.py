@@ -127,6 +127,9 @@ def running(common: Common, plans: Sequence[Plan], at_once: int = 2) -> Generato
             for engine in waiting:
                 engine.wait_started()
             yield engines
-        finally:
+        except BaseException:
             for engine in engines:
-                engine.finish()
+                engine.finish(at_once=True)
+            raise
+        for engine in engines:
+            engine.finish()

@@ -73,7 +73,7 @@ def measure(common: Common, caches: Sequence[Cache], prompts: Prompts, say: Call
         savers = run.phase("cold", plain)
         loaders = run.phase("warm", plain)
     figures = [figure for size in prompts.sizes for figure in _figures(run.seen, size, savers, loaders)]
-    return [*figures, *_wrong(run.seen, [*savers, *loaders], strict=common.dtype == "float32")]
+    return [*figures, *_wrong(run.seen, strict=common.dtype == "float32")]
 
 
 class _Run:
@@ -138,7 +138,7 @@ def _figures(seen: Sequence[Seen], size: int, savers: Sequence[Plan], loaders: S
     ]
 
 
-def _wrong(seen: Sequence[Seen], plans: Sequence[Plan], *, strict: bool) -> list[Figure]:
+def _wrong(seen: Sequence[Seen], *, strict: bool) -> list[Figure]:
     right: dict[tuple[int, int], set[int]] = defaultdict(set)
     for one in seen:
         if one.name in (COLD, OWN):
@@ -146,4 +146,5 @@ def _wrong(seen: Sequence[Seen], plans: Sequence[Plan], *, strict: bool) -> list
     counts = Counter(one.name for one in seen if one.token not in right[one.turn, one.size])
     if strict and (counts or any(len(tokens) > 1 for tokens in right.values())):
         raise LmpipeError(f"wrong first tokens: {dict(counts)}, {dict(right)}")
-    return [Figure.of(f"wrong first tokens: {plan.name}", [counts[plan.name]], "prompts", goal=NONE) for plan in plans]
+    total = Figure.of("wrong first tokens", [counts.total()], "prompts", goal=NONE)
+    return [total, *(Figure.of(f"wrong first tokens: {name}", [counts[name]], "prompts") for name in sorted(counts))]

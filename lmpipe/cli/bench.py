@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import subprocess
 import sys
 from collections import deque
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -29,6 +32,7 @@ NOTES = "\n".join(f"  {name:8}{summary}" for name, summary in SUMMARIES.items())
 ALL = "all"
 WIDTH = 118
 PLOT_S = 120.0
+CLEAN_UP_S = 60.0
 
 
 def add(verbs: Subparsers) -> None:
@@ -90,6 +94,7 @@ def measure(name: str, *, disk: Path, quick: bool, console: Console) -> list[Fig
     argv += ["--quick"] * quick
     last: deque[str] = deque(maxlen=12)
     with (
+        _terminated_like_interrupted(),
         Status(f"{name}: starting", console=console) as status,
         subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process,
     ):
@@ -100,12 +105,28 @@ def measure(name: str, *, disk: Path, quick: bool, console: Console) -> list[Fig
                 status.update(f"{name}: {last[-1]}")
             figures = process.stdout.read()
         except BaseException:
-            process.terminate()  # it removes what it made
+            process.terminate()  # it ends what it started and removes what it made
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(CLEAN_UP_S)
             raise
     if process.returncode:
         said = "\n".join(last)
         raise LmpipeError(f"bench {name} ended with status {process.returncode}:\n{said}")
     return [Figure(**figure) for figure in orjson.loads(figures)]
+
+
+@contextmanager
+def _terminated_like_interrupted() -> Generator[None]:
+    """SIGTERM raises SystemExit, so that the benchmark is ended too."""
+
+    def stop(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def write(report: Report, out: Path) -> list[str]:

@@ -19,6 +19,9 @@ import orjson
 
 from lmpipe.errors import LmpipeError
 
+GROUP_S = 20.0
+STEP_S = 0.02
+
 
 class EngineFailed(LmpipeError):
     """The engine process ended or did not answer in time."""
@@ -75,8 +78,10 @@ class AskedProcess:
         line, _, self._rest = self._rest.partition(b"\n")
         return orjson.loads(line)
 
-    def finish(self) -> None:
-        """Tell it to end, and do not wait."""
+    def finish(self, *, at_once: bool = False) -> None:
+        """Tell it to end, whatever it is doing or when it has done that, and do not wait."""
+        if at_once:
+            self._process.terminate()
         if self._process.stdin is not None:
             self._process.stdin.close()
 
@@ -89,8 +94,7 @@ class AskedProcess:
             self._process.send_signal(signal.SIGKILL)
             self._process.wait()
         if self._own_group:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+            self._end_group()
         if self._process.stdout is not None:
             self._process.stdout.close()
 
@@ -99,6 +103,16 @@ class AskedProcess:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _end_group(self) -> None:
+        """What the process has left. It may have shared memory to remove, so it is asked first."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            deadline_s = time.monotonic() + GROUP_S
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, number)
+                while time.monotonic() < deadline_s:
+                    time.sleep(STEP_S)
+                    os.killpg(self._process.pid, 0)
 
     def _ended(self) -> EngineFailed:
         status = self._process.wait()
