@@ -87,7 +87,7 @@ def _weights(config: VllmConfig) -> str:
     return f"{model.model}@{model.revision}"
 
 
-def namespace_of(config: VllmConfig, groups: tuple[GroupPages, ...], settings: Settings) -> Namespace:
+def namespace_of(config: VllmConfig, groups: tuple[GroupPages, ...], shards: int, settings: Settings) -> Namespace:
     """The root of keys of this engine, the same in every rank and every process that serves this model.
 
     Raises:
@@ -107,7 +107,8 @@ def namespace_of(config: VllmConfig, groups: tuple[GroupPages, ...], settings: S
         "cache_dtype": str(cache.cache_dtype),
         "weights": _weights(config),
     }
-    layouts = orjson.dumps([group.layout.layout_id() for group in groups])
+    # With the number of shards: rows of another number would stand in each other's way.
+    layouts = orjson.dumps([shards, *(group.layout.layout_id() for group in groups)])
     return Namespace(
         model=f"vllm:{model.architecture}#{_digest(_plain([fields, code]))}",
         revision="",

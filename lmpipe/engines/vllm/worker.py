@@ -130,7 +130,8 @@ class Worker:
         rank = get_tensor_model_parallel_rank()
         parts = self._config.parallel_config.tensor_parallel_size // replicas
         self._saves_here = rank % replicas == 0
-        root = namespace_of(self._config, groups, self._settings)
+        shards = parts * len(groups)
+        root = namespace_of(self._config, groups, shards, self._settings)
         align = align_tokens(groups)
         for number, group in enumerate(groups):
             planes = len(group.offsets)
@@ -148,12 +149,12 @@ class Worker:
                 name=f"{self._settings.name}.rank{rank}" + (f".group{number}" if len(groups) > 1 else ""),
                 align_tokens=align,
                 shard=rank // replicas * len(groups) + number,
-                shards=parts * len(groups),
+                shards=shards,
                 pages=source,
                 copy_threads=self._settings.copy_threads,
             )
             self._groups.append(_Group(group, pool, producer))
-        self._hello = Handshake(root, tuple(group.layout for group in groups), align, parts * len(groups))
+        self._hello = Handshake(root, tuple(group.layout for group in groups), align, shards)
 
     def _isa(self) -> str:
         """What the order of bytes inside a page depends on."""
