@@ -44,7 +44,7 @@ class RequestState:
         if prompt is None or prompt.root != producer.namespace:
             salt = self.request.cache_salt or ""
             self.ordered = 0
-            prompt = producer.prompt(list(tokens), self.extras, adapter=self.adapter, cache_salt=salt)
+            prompt = producer.prompt(tokens[:], self.extras, adapter=self.adapter, cache_salt=salt)
         elif len(tokens) - prompt.tokens >= producer.chunk_tokens - prompt.tokens % producer.chunk_tokens:
             prompt.extend(tokens[prompt.tokens :])
         self.prompt = prompt
