@@ -65,15 +65,15 @@ def mixed(common: Common, workload: Workload, work: Path, setting: Setting) -> l
     with DemoNode(work) as node:
         plans = [Plan("without"), Plan("lmpipe", lmpipe_options(node))]
         with running(small, plans) as (plain, attached):
-            wait_attached(node)
+            wait_attached(node, attached)
             return vllm_mixed.measure(plain, [attached], workload, setting.say)
 
 
 @contextmanager
 def scratch(disk: Path) -> Generator[Path]:
-    """A directory on a disk, removed at the end with all that is in it; its logs stay when something fails."""
+    """A directory on a disk, removed at the end with all that is in it; its logs stay when LmpipeError is raised."""
     disk.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix="lmpipe-vllm-", dir=disk))
+    work = Path(tempfile.mkdtemp(prefix="lmpipe-vllm-", dir=disk.resolve()))
     try:
         yield work
     except LmpipeError:

@@ -5,6 +5,7 @@ Knows vLLM's connectors by their configuration only.
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lmpipe.bench.report import Goal
-from lmpipe.bench.vllm_client import Plan
+from lmpipe.bench.vllm_client import Engine, Plan
 from lmpipe.demo.node import DemoNode
 from lmpipe.errors import LmpipeError
 from lmpipe.launch.overview import overview
@@ -22,6 +23,7 @@ from lmpipe.testing import Node
 SAVED_S = 60.0
 STEADY_S = 0.3
 STEP_S = 0.02
+PARTS = 2
 
 COLD = Goal("ratio", "<=", 1.03)
 DRAM = Goal("ratio", "<=", 1.2)
@@ -42,8 +44,8 @@ class Cache:
         """Engines that find what was saved; asked for when all savers have ended."""
         return []
 
-    def attached(self) -> None:
-        """Called when the engines have started: waits until what they save is taken."""
+    def attached(self, engines: Sequence[Engine]) -> None:
+        """Called when the engines asked for last have started: waits until what they save is taken, and found."""
 
     def saved(self, tokens: int) -> None:
         """Called when a saver has answered a prompt of so many new tokens: waits until all of it is stored."""
@@ -61,25 +63,29 @@ class LmpipeCache(Cache):
     def __init__(self, work: Path, *, tiers: Sequence[str] = ("DRAM", "SSD", "remote")) -> None:
         super().__init__()
         self._work, self._tiers = work, tiers
-        self._nodes: list[Node] = []
+        self._used: list[Node] = []
+        """Nodes of the engines asked for last."""
         self._top = self._node("DRAM")
         self._chunk_tokens = self._top.topology.chunk_tokens
         self._wanted_rows = 0
 
     def savers(self) -> Sequence[Plan]:
+        self._used = [self._top]
         return [Plan("cold, lmpipe attached", lmpipe_options(self._top), goal=COLD)]
 
     def loaders(self) -> Sequence[Plan]:
         plans: list[Plan] = []
+        self._used = []
         for tier, goal in (("DRAM", DRAM), ("SSD", SSD), ("remote", None)):
             if tier in self._tiers:
                 node = self._top if tier == "DRAM" else self._node(tier)
+                self._used.append(node)
                 plans.append(Plan(f"lmpipe, {tier}", lmpipe_options(node), goal=goal))
         return plans
 
-    def attached(self) -> None:
-        for node in self._nodes:
-            wait_attached(node)
+    def attached(self, engines: Sequence[Engine]) -> None:
+        for node, engine in zip(self._used, engines, strict=True):
+            wait_attached(node, engine)
 
     def saved(self, tokens: int) -> None:
         self._wanted_rows += tokens // self._chunk_tokens
@@ -102,8 +108,7 @@ class LmpipeCache(Cache):
         kept = {"DRAM": (), "SSD": ("ssd", "remote"), "remote": ("remote",)}[tier]
         for name in kept:
             shutil.copytree(self._work / "DRAM" / name, work / name)
-        self._nodes.append(self.stack.enter_context(DemoNode(work)))
-        return self._nodes[-1]
+        return self.stack.enter_context(DemoNode(work))
 
 
 class ExampleCache(Cache):
@@ -137,13 +142,22 @@ def lmpipe_options(node: Node) -> dict[str, Any]:
     return connector("LMPipeConnector", {"lmpipe.node": str(node.run_dir)}, "lmpipe.engines.vllm")
 
 
-def wait_attached(node: Node) -> None:
-    """Until a node has an engine. Raises LmpipeError."""
+def wait_attached(node: Node, engine: Engine) -> None:
+    """Until the node has registered the engine's scheduler and its worker. Raises LmpipeError."""
     deadline_s = time.monotonic() + SAVED_S
-    while not _gather(node)["gather_producers"]:
-        if time.monotonic() > deadline_s:
-            raise LmpipeError(f"no engine has registered within {SAVED_S:g} s")
+    while time.monotonic() < deadline_s:
+        parts = sum(_group(view.pid) == engine.pid for view in overview(node.info).engines)
+        if parts >= PARTS and _gather(node)["gather_producers"] >= parts:
+            return
         time.sleep(STEP_S)
+    raise LmpipeError(f"{engine.name}: lmpipe has not registered the engine within {SAVED_S:g} s")
+
+
+def _group(pid: int) -> int:
+    try:
+        return os.getpgid(pid)
+    except ProcessLookupError:
+        return 0
 
 
 def _gather(node: Node) -> dict[str, int]:

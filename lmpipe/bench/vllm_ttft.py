@@ -89,7 +89,7 @@ class _Run:
         self._say(f"{name}: starting {len(plans)} engines")
         with running(self._common, plans) as engines:
             for cache in self._caches:
-                cache.attached()
+                cache.attached([engine for engine, owner in zip(engines, owners, strict=True) if owner is cache])
             entrants = [(plain, None), *zip(engines, owners, strict=True)]
             for number, (turn, size, prompt) in enumerate(self._prompts):
                 self._say(f"{name}: {number + 1} of {len(self._prompts)}")
@@ -115,7 +115,7 @@ class _Run:
         answers = engine.first_token(prompt)
         # Just after a start the parts of a cache may not have found each other: a miss is allowed.
         if turn >= 0 and answers.cached[0] < size - LEAST_CHUNK:
-            raise LmpipeError(f"{engine.name}: {answers.cached[0]} of {size} tokens were found")
+            raise LmpipeError(f"{engine.name}: {answers.cached[0]} of {size} tokens were found; its log: {engine.log}")
         self._note(turn, size, engine.name if owner else OWN, answers)
 
     def _note(self, turn: int, size: int, name: str, answers: Answers) -> None:

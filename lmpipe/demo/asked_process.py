@@ -34,7 +34,7 @@ class AskedProcess:
     """
 
     def __init__(self, argv: Sequence[str], log: Path, env: Mapping[str, str], *, own_group: bool = False) -> None:
-        self._log, self._own_group = log, own_group
+        self.log, self._own_group = log, own_group
         with log.open("ab") as stderr:
             self._process = subprocess.Popen(
                 argv,
@@ -70,7 +70,7 @@ class AskedProcess:
         end_s = time.monotonic() + timeout_s
         while b"\n" not in self._rest:
             if not select.select([self._process.stdout], [], [], max(end_s - time.monotonic(), 0.0))[0]:
-                raise EngineFailed(f"the engine process did not answer within {timeout_s:.0f} s; its log: {self._log}")
+                raise EngineFailed(f"the engine process did not answer within {timeout_s:.0f} s; its log: {self.log}")
             piece = os.read(self._process.stdout.fileno(), 1 << 16)
             if not piece:
                 raise self._ended()
@@ -116,7 +116,7 @@ class AskedProcess:
 
     def _ended(self) -> EngineFailed:
         status = self._process.wait()
-        tail = self._log.read_text(errors="replace").strip().splitlines()[-5:]
+        tail = self.log.read_text(errors="replace").strip().splitlines()[-5:]
         return EngineFailed(
-            f"the engine process ended with status {status}; its log {self._log} ends:\n" + "\n".join(tail)
+            f"the engine process ended with status {status}; its log {self.log} ends:\n" + "\n".join(tail)
         )

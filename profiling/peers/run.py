@@ -43,7 +43,7 @@ def main() -> int:
     keep_to_two_cores()
     prompts = replace(PROMPTS, rounds=args.rounds, sizes=args.sizes)
     modes = [mode for mode in args.modes if mode != "none"]
-    with scratch(args.disk.resolve()) as work, ExitStack() as stack:
+    with scratch(args.disk) as work, ExitStack() as stack:
         common = common_of(work, LARGE, max(prompts.sizes), quick=False)
         caches: list[Cache] = []
         if not args.without_lmpipe:
