@@ -5,6 +5,7 @@ A slot is FREE until its owner (gather for the arena, a stage for its ring) leas
 first, so that no new hold succeeds, then, once no hold names this generation, FREE with the next generation. A writer
 that dies leaves LEASED, WRITING or READY behind; the owner may FREE those only when the writer's session lock is gone
 or the writer itself gave the lease back, never because time has passed: a stopped writer may wake up and go on writing.
+A lease that was not opened it may take back as well: the writer's OPEN and this FREE exclude each other.
 
 Who may fire which event is part of the table, because "whoever owns memory writes it" is what keeps a late worker
 harmless.
@@ -51,7 +52,7 @@ TRANSITIONS: dict[tuple[SlotState, SlotEvent], SlotState] = {
     (SlotState.READY, SlotEvent.COMMIT): SlotState.COMMITTED,
     (SlotState.COMMITTED, SlotEvent.DOOM): SlotState.DOOMED,
     (SlotState.DOOMED, SlotEvent.FREE): SlotState.FREE,
-    # The lease came back unused, or its holder is dead.
+    # The lease came back unused, its holder is dead, or (LEASED only) it was taken back before it was opened.
     (SlotState.LEASED, SlotEvent.FREE): SlotState.FREE,
     (SlotState.WRITING, SlotEvent.FREE): SlotState.FREE,
     (SlotState.READY, SlotEvent.FREE): SlotState.FREE,

@@ -163,8 +163,16 @@ class SlotOwner(SlotTable):
 
         The range is taken from this process's memory, not from the header, which every writer can reach.
         """
-        if not self._fire(slot, SlotEvent.FREE):
-            return False
+        return self._fire(slot, SlotEvent.FREE) and self._take_range(slot)
+
+    def take_back(self, slot: Slot) -> bool:
+        """End a lease whose holder has not opened the slot. False: it has, or this life of the slot is over.
+
+        One compare-and-swap decides: either the holder has opened the slot, or it will find the lease gone.
+        """
+        return self._fire(slot, SlotEvent.FREE, SlotState.LEASED) and self._take_range(slot)
+
+    def _take_range(self, slot: Slot) -> bool:
         self._ranges.give(*self._taken.pop(slot.index))
         self._spare.append(slot.index)
         return True

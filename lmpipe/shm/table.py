@@ -98,7 +98,7 @@ class SlotTable:
             raise ProtocolViolation(f"{event} of a slot is its owner's to fire")
         return self._fire(slot, event)
 
-    def _fire(self, slot: Slot, event: SlotEvent) -> bool:
+    def _fire(self, slot: Slot, event: SlotEvent, only: SlotState | None = None) -> bool:
         if not 0 <= slot.index < self.slots:
             return False
         words, at, steps = self._words, slot.index * SLOT_WORDS, _NEXT[event]
@@ -106,6 +106,8 @@ class SlotTable:
             word = words.load(at)
             state = word & STATE_MASK
             if word >> GENERATION_SHIFT != slot.generation or state >= len(steps) or steps[state] == _NOT_LEGAL:
+                return False
+            if only is not None and state != only:
                 return False
             generation = next_generation(slot.generation) if event is SlotEvent.FREE else slot.generation
             if words.cas(at, word, generation << GENERATION_SHIFT | steps[state]):

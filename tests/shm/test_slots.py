@@ -245,3 +245,16 @@ def test_windows_are_spread_over_the_memory(owner: SlotOwner) -> None:
     assert len(windows) == 4 and all(b[0] - a[0] == 4 for a, b in pairwise(windows))
     assert owner.window(65 * BLOCK_BYTES) == []
     assert np.unique(np.concatenate(windows)).size == 8
+
+
+@pytest.mark.parametrize("state", list(SlotState))
+def test_only_a_lease_that_was_not_opened_is_taken_back(owner: SlotOwner, state: SlotState) -> None:
+    slot = _bring(owner, state)
+    free = owner.free_bytes
+    assert owner.take_back(slot) is (state is SlotState.LEASED)
+    assert (owner.free_bytes > free) is (state is SlotState.LEASED)
+    assert owner.state(slot.index)[1] is (SlotState.FREE if state is SlotState.LEASED else state)
+    assert not owner.take_back(slot) and not owner.take_back(Slot(99, 1))
+    if state is SlotState.LEASED:
+        assert not owner.advance(slot, SlotEvent.OPEN)
+        assert lease(owner) == Slot(slot.index, slot.generation + 1)

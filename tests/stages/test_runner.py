@@ -89,7 +89,15 @@ class Stand:
         self.counters = Counters.create(self.paths.counters_of(name, os.getpid()), names)
         self.spans = Spans(name, trace)
         self.session = Session.create(run_dir)
-        self.runner = Runner(self.counters, self.spans, heartbeat_s=BEAT_S, drain_s=0.5, saves_at_once=2)
+        self.dead: set[SessionId] = set()
+        self.runner = Runner(
+            self.counters,
+            self.spans,
+            heartbeat_s=BEAT_S,
+            drain_s=0.5,
+            saves_at_once=2,
+            alive=lambda session: session not in self.dead,
+        )
         self.seat = self.add(name, below)
         self.stage = Probe(self.seat, name)
         self.runner.place([self.stage])
@@ -396,6 +404,30 @@ def test_silence_below_is_told_after_three_pings(pair: tuple[Stand, Stand]) -> N
     both(over, under, lambda: len(over.stage.chains) == 3, "life again")
     assert over.stage.chains[2] == {"under": under.session.id}
     assert over.counted("probe_below_changes") == 3
+
+
+def test_a_death_below_is_told_without_waiting_for_pings(pair: tuple[Stand, Stand]) -> None:
+    over, under = pair
+    both(over, under, lambda: over.stage.chains, "chain")
+    over.dead.add(under.session.id)
+    over.runner.turn()
+    over.until(lambda: len(over.stage.chains) == 2, "death")
+    assert over.seat.chain == {}
+    over.dead.clear()
+    both(over, under, lambda: over.seat.chain, "the next life")
+
+
+def test_a_death_further_down_makes_the_stage_above_it_look(pair: tuple[Stand, Stand]) -> None:
+    over, under = pair
+    under.seat.ponged(Pong(YOU, 1, "deep", [YOU]))
+    both(over, under, lambda: over.seat.chain, "chain")
+    over.dead.add(YOU)
+    missed = over.seat._missed
+    over.until(lambda: under.seat.server.sockets["load"].poll(0), "a ping")
+    for _ in range(50):
+        over.runner.turn(0.002)
+    assert over.seat.chain == {"under": under.session.id, "deep": YOU}
+    assert over.seat._missed <= missed + 2, "only heartbeats count as unanswered"
 
 
 def test_time_in_which_we_were_stopped_is_no_silence(pair: tuple[Stand, Stand]) -> None:

@@ -325,6 +325,11 @@ class Gather:
     def _bury_flights(self) -> None:
         for name in self._loads.orphans():
             self._give_up(name, "the stage that read it died")
+        taken, complete = self._loads.cut_off()
+        for name in taken:
+            self._give_up(name, "a stage on its way died")
+        if len(complete):
+            self._loaded(complete)
 
     def _tell_evicted(self, tier: Tier, chunks: ChunkRecords) -> None:
         for engine in self._producers:

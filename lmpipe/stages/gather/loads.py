@@ -1,8 +1,9 @@
 """Loads from below DRAM: destination slots, who writes them, who waits for them.
 
 The slot of a load is leased to the stage that will write it, so it comes back when that stage says it failed or when
-its session is dead, and only then. A deadline ends the waiting, not the lease, and so does the death of a stage on the
-way: what arrives late is committed all the same, for the next request.
+its session is dead. A deadline ends the waiting, not the lease, and so does the death of a stage on the way: what
+arrives late is committed all the same, for the next request. With a stage that dies in between, question or answer may
+be lost; then the slot itself tells: one that was not opened is taken back, one that is complete has landed.
 """
 
 from __future__ import annotations
@@ -207,6 +208,24 @@ class Loads:
 
     def _dead_stage(self, route: Route) -> str:
         return next((stage for stage, session in route if not self._alive(session)), "")
+
+    def cut_off(self) -> tuple[list[Name], ChunkRecords]:
+        """Of the flights that have lost a stage on their way, but not their writer: those whose slots were not opened,
+        which are taken back now, and the records of those that are complete. What is being written is found the next
+        time.
+        """
+        taken: list[Name] = []
+        complete: list[bytes] = []
+        arena = self._dram.arena
+        dead = {route for route in {flight.route for flight in self._flights.values()} if self._dead_stage(route)}
+        for name, flight in self._flights.items() if dead else ():
+            if flight.route not in dead:
+                continue
+            if arena.take_back(flight.slot):
+                taken.append(name)
+            elif arena.state(flight.slot.index) == (flight.slot.generation, SlotState.READY):
+                complete.append(arena.record(flight.slot.index).tobytes())
+        return taken, joined(complete)
 
     def orphans(self) -> list[Name]:
         """Flights whose writer is dead."""
