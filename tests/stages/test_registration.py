@@ -1,4 +1,4 @@
-"""What gather says to an engine whose chunks a tier's codec cannot take."""
+"""What gather says to an engine whose chunks a tier's codec cannot take, and to one that registers again."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ import pytest
 
 from lmpipe.codecs import CODECS
 from lmpipe.codecs.zstd import ZstdCodec
-from lmpipe.errors import LayoutError
+from lmpipe.engines.paged import PagedEngine
+from lmpipe.errors import LayoutError, SegmentError
 from lmpipe.handles import Codec, SessionId, Tier
 from lmpipe.index import IndexWriter
 from lmpipe.layout import KVLayout
-from lmpipe.messages import Register
+from lmpipe.messages import PageSource, Register, Save, no_chunks
 from lmpipe.shm.node import NodeWords
 from lmpipe.shm.slots import SlotOwner
 from lmpipe.stages.base import Peer
-from lmpipe.stages.gather.producers import Engine, Producers
+from lmpipe.stages.gather.producers import Engine, MappedSave, Producers
 from lmpipe.tiers.dram import DramTier
 from lmpipe.topology import Tiers, parse
 from lmpipe.wire import VERSION
@@ -58,9 +59,12 @@ def tiers_of(codec: str) -> Tiers:
     return parse(text, "f.yaml", Path("/base")).tiers
 
 
-def register(dram: DramTier, layout: KVLayout, codec: str) -> Engine:
-    producers = Producers(dram, lambda _: True, 4, 4, Path("/dev/shm/lmpipe-test-absent.pages"), tiers_of(codec))
-    hello = Register(
+def registry(dram: DramTier, codec: str) -> Producers:
+    return Producers(dram, lambda _: True, 4, 4, Path("/dev/shm/lmpipe-test-absent.pages"), tiers_of(codec))
+
+
+def hello_of(layout: KVLayout, pages: PageSource | None = None) -> Register:
+    return Register(
         session=ME,
         versions=[VERSION],
         role="producer",
@@ -72,9 +76,12 @@ def register(dram: DramTier, layout: KVLayout, codec: str) -> Engine:
         shards=1,
         namespace="ab" * 32,
         leases=4,
-        pages=None,
+        pages=pages,
     )
-    return producers.register(hello, Peer("save", b"x"))
+
+
+def register(dram: DramTier, layout: KVLayout, codec: str) -> Engine:
+    return registry(dram, codec).register(hello_of(layout), Peer("save", b"x"))
 
 
 def test_byte_codecs_take_every_layout(dram: DramTier) -> None:
@@ -92,3 +99,21 @@ def test_a_codec_that_computes_with_numbers_takes_no_opaque_pages(
     with pytest.raises(LayoutError, match=r"^tiers\.ssd\.codec: zstd computes .*; choose raw for this tier$"):
         register(dram, OPAQUE, "zstd")
     assert register(dram, OPAQUE, "raw").session == register(dram, KNOWN, "zstd").session == ME
+
+
+def test_who_registers_again_keeps_its_leases_and_what_it_waits_for(dram: DramTier, tmp_path: Path) -> None:
+    """A second Register overtakes nothing: gather was slow to answer the first one."""
+    tmp_path.chmod(0o700)
+    with PagedEngine(KNOWN, 4, segment=tmp_path / "pages.shm") as memory:
+        producers, peer = registry(dram, "raw"), Peer("save", b"x")
+        first = producers.register(hello_of(KNOWN, memory.source), peer)
+        waiting = MappedSave(Save(ME, 7, "pages", no_chunks()), peer)
+        first.saves.append(waiting)
+        first.leases.add(3)
+        with pytest.raises(SegmentError):
+            producers.register(hello_of(KNOWN, replace(memory.source, segment_id="ab" * 16)), peer)
+        again = producers.register(hello_of(KNOWN, memory.source), peer)
+        assert list(again.saves) == [waiting]
+        assert again.leases == {3}
+        assert len(producers) == 1
+        again.close()

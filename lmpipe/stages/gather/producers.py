@@ -115,14 +115,19 @@ class Producers:
             raise SegmentError(f"session {session:016x} holds no lock in this node's run directory")
         if len(self._engines) >= self._most:
             self.bury()  # an engine that died and came back must not find its own place taken
-        old = self._engines.pop(session, None)
+        old = self._engines.get(session)
         if old is None and len(self._engines) >= self._most:
             raise LayoutError(f"{self._most} engines are registered already: raise engines.max_producers")
         engine = Engine(session, peer, hello, chunk_pages, chunk_bytes)
         if hello.pages is not None:
             engine.pages, engine.pool = _map(hello.pages, layout.plane_count, layout.page_bytes)
-        engine.leases = old.leases if old is not None else self._orphans.pop(session, set[int]())
-        if old is not None:
+        if old is None:
+            engine.leases = self._orphans.pop(session, set[int]())
+        else:
+            engine.leases = old.leases
+            if engine.pool is not None:
+                engine.saves = old.saves  # the engine waits for their answers
+            del self._engines[session]
             old.close()
         self._engines[session] = engine
         return engine
