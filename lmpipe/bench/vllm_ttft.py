@@ -6,7 +6,10 @@ warm   the same engine again, which has the prompt in its own prefix cache, and 
        an empty prefix cache, each prompt once. Against the own prefix cache
 
 Inside the clock: one call of `generate` for one token, all processes of the engine idle before. Just before, the same
-engine has answered a short prompt: nobody is measured waking up. Prompts differ from their first token on.
+engine has answered a short prompt: nobody is measured waking up.
+
+Prompts differ from their first token on. Each is whole chunks and a question of 64 tokens behind them, so that whoever
+finds all there is to find computes the same 64 tokens.
 
 A first token is wrong if it is neither the one computed cold nor the one of the own prefix cache. In fp32 the run fails
 then; in bf16 such tokens are counted, since rounding depends on how a prompt was cut.
@@ -28,6 +31,7 @@ from lmpipe.errors import LmpipeError
 
 COLD, OWN = "cold", "own prefix cache"
 NONE = Goal("value", "<=", 0)
+QUESTION_TOKENS = 64
 LEAST_CHUNK = 256
 """A loader may leave out as much of a prompt: its last chunk."""
 FIRST_TOKEN = 64
@@ -45,10 +49,10 @@ class Prompts:
     seed: int = 20261122
 
     def all(self) -> list[tuple[int, int, list[int]]]:
-        """Round (negative: does not count), size, tokens."""
+        """Round (negative: does not count), size without the question, tokens."""
         random = np.random.default_rng(self.seed)
         return [
-            (turn, size, random.integers(FIRST_TOKEN, self.vocabulary, size).tolist())
+            (turn, size, random.integers(FIRST_TOKEN, self.vocabulary, size + QUESTION_TOKENS).tolist())
             for turn in range(-self.warm_ups, self.rounds)
             for size in self.sizes
         ]
