@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from harness import Engine, greedy
 
+from lmpipe.cli import main
 from lmpipe.producer import Producer
 from lmpipe.testing import Node
 
@@ -92,11 +93,30 @@ def idle(engine: Engine) -> None:
     until(lambda: (engine.llm.llm_engine.step(), not engine.scheduler.has_requests())[1], "the engine is idle")
 
 
+def only(node: Node, tier: str) -> None:
+    """Leave what is saved in one tier."""
+    above = {"dram": [], "ssd": ["dram"], "remote": ["dram", "ssd"]}[tier]
+    if above:
+        assert main(["clear", str(node.run_dir), *(f"--tier={name}" for name in above)]) == 0
+
+
 def ask(engine: Engine, prompts: list[list[int]], max_tokens: int = 8, **how: Any) -> tuple[list[list[int]], list[int]]:
     """The tokens that follow each prompt, and how many of each were not computed."""
     outputs = engine.outputs(prompts, max_tokens, **how)
     cached = [output.num_cached_tokens or 0 for output in outputs]
     return [list(output.outputs[0].token_ids) for output in outputs], cached
+
+
+def scramble(engine: Engine, prompt: list[int], **prompted: Any) -> None:
+    """Overwrite what DRAM has of a prompt with noise: a negative control, where greedy tokens have to change."""
+    for worker in producers(engine)[1:]:
+        with worker.lookup(worker.prompt(prompt, **prompted)) as found:
+            assert found.attachment is not None
+            arena, noise = found.attachment.arena, np.random.default_rng(1)
+            for place in found.records["place"].tolist():
+                size = int(found.records["nbytes"][0]) // 4
+                slot = np.frombuffer(arena.segment.buf, np.float32, size, arena.offset(place >> 32))
+                slot[:] = noise.standard_normal(size, np.float32)
 
 
 def ask_with_salt(engine: Engine, prompt: list[int], salt: str) -> int:

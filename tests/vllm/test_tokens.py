@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
-from cached import CHUNK, ask, ask_with_salt, connector, producers, ready, settled, stats, tiers, tokens
+from cached import CHUNK, ask, ask_with_salt, connector, only, producers, ready, scramble, settled, stats, tiers, tokens
 from harness import Engine
 from processes import EngineProcess
 
-from lmpipe.cli import main
 from lmpipe.testing import Node
 
 BLOCK = 32
@@ -27,13 +25,6 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
 def engine(node: Node, llama: Path) -> Iterator[Engine]:
     with Engine(llama, connector(node)) as engine:
         yield ready(engine)
-
-
-def only(node: Node, tier: str) -> None:
-    """Leave a prompt's chunks in one tier."""
-    above = {"dram": [], "ssd": ["dram"], "remote": ["dram", "ssd"]}[tier]
-    if above:
-        assert main(["clear", str(node.run_dir), *(f"--tier={name}" for name in above)]) == 0
 
 
 @pytest.mark.parametrize("tier", ["dram", "ssd", "remote"])
@@ -117,17 +108,9 @@ def test_scrambled_pages_change_the_tokens(node: Node, engine: Engine, plain: En
     assert ask(engine, [prompt])[0] == wanted
     settled(engine)
     engine.reset_prefix_cache()
-    worker = producers(engine)[1]
-    keyed = worker.prompt(prompt)
-    with worker.lookup(keyed) as found:
-        assert found.attachment is not None
-        arena = found.attachment.arena
-        noise = np.random.default_rng(1)
-        for place in found.records["place"].tolist():
-            at, size = arena.offset(place >> 32), int(found.records["nbytes"][0])
-            slot = np.frombuffer(arena.segment.buf, np.float32, size // 4, at)
-            slot[:] = noise.standard_normal(len(slot), np.float32)
+    scramble(engine, prompt)
     got, cached = ask(engine, [prompt])
     assert cached == [4 * CHUNK]
     assert got != wanted
-    producers(engine)[0].invalidate(keyed)
+    worker = producers(engine)[1]
+    worker.invalidate(worker.prompt(prompt))

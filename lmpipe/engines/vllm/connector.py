@@ -26,6 +26,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     PromMetric,
     PromMetricT,
 )
+from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -122,6 +123,9 @@ class LMPipeConnector(KVConnectorBase_V1, SupportsHMA):
             raise RuntimeError(f"the ranks do not agree on what they serve: {hellos}")
         if hellos:
             self._on_scheduler.attach(hellos[0])
+
+    def bind_gpu_block_pool(self, gpu_block_pool: BlockPool) -> None:
+        self._on_scheduler.bind(gpu_block_pool)
 
     def on_new_request(self, request: Request) -> None:
         self._on_scheduler.arrived(request)

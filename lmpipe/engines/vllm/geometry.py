@@ -38,6 +38,8 @@ class GroupPages:
     offsets: npt.NDArray[np.uint64]
     stride: int
     pages: int
+    windowed: bool
+    """Whether the engine takes blocks back from a request that still runs: its layers see the last tokens only."""
 
 
 def groups_of(config: KVCacheConfig, caches: Mapping[str, torch.Tensor], base: int, isa: str) -> tuple[GroupPages, ...]:
@@ -78,9 +80,9 @@ def _group(group: KVCacheGroupSpec, blocks: int, caches: Mapping[str, torch.Tens
         page=("opaque",),
         kv=1 if "MLA" in type(spec).__name__ else 2,
         opaque_page_bytes=page_bytes,
-        isa=f"{isa}:{_what_it_attends_to(spec)}",
+        isa=f"{isa}:{type(spec).__name__}/{_window(spec)}",
     )
-    return GroupPages(layout, np.array(offsets, np.uint64), stride, blocks)
+    return GroupPages(layout, np.array(offsets, np.uint64), stride, blocks, _window(spec) is not None)
 
 
 def _view(name: str, cache: torch.Tensor, blocks: int, base: int) -> tuple[int, int, int]:
@@ -115,10 +117,9 @@ def _dtype(dtype: torch.dtype) -> str:
     return name
 
 
-def _what_it_attends_to(spec: KVCacheSpec) -> str:
-    """The kind of attention, and its window: equal tokens have other KV behind a layer that sees less of them."""
-    window = getattr(spec, "sliding_window", None) or getattr(spec, "attention_chunk_size", None)
-    return f"{type(spec).__name__}/{window}"
+def _window(spec: KVCacheSpec) -> int | None:
+    """How many tokens a layer sees at most: equal tokens have other KV behind a layer that sees less of them."""
+    return getattr(spec, "sliding_window", None) or getattr(spec, "attention_chunk_size", None)
 
 
 def align_tokens(groups: Sequence[GroupPages]) -> int:

@@ -28,6 +28,8 @@ class Handshake(KVConnectorHandshakeMetadata):
 
     root: Namespace
     layouts: tuple[KVLayout, ...]
+    windowed: tuple[bool, ...]
+    """By cache group: whether the engine takes blocks back from requests that still run."""
     align_tokens: int
     shards: int
 
@@ -68,6 +70,8 @@ class Orders(KVConnectorMetadata):
     loads: list[LoadOrder] = field(default_factory=list[LoadOrder])
     revoked: list[str] = field(default_factory=list[str])
     """Requests whose pages may be given to others from this step on."""
+    late: list[int] = field(default_factory=list[int])
+    """Save orders of requests that go on, but some of whose pages may be given to others from the next step on."""
     delayed: list[str] = field(default_factory=list[str])
     """Finished requests whose blocks stay until their saves are through."""
     prefill_tokens: int = 0

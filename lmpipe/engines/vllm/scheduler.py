@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import logging
 import secrets
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from vllm.config import VllmConfig
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request, RequestStatus
 
 from lmpipe.engines.vllm.events import EventLog
-from lmpipe.engines.vllm.orders import Handshake, LoadOrder, LoadReport, Orders, Reports, SaveOrder
+from lmpipe.engines.vllm.orders import BlockIds, Handshake, LoadOrder, LoadReport, Orders, Reports, SaveOrder
 from lmpipe.engines.vllm.requests import RequestState, blocks_of, state_of
 from lmpipe.engines.vllm.settings import Settings, loads_whole_prompts_only
 from lmpipe.engines.vllm.stats import Tally
@@ -49,6 +52,9 @@ class _Open:
     first: int
     last: int
     ranks: int
+    kept: list[KVCacheBlock]
+    """What `_keep` has kept for it."""
+    until_s: float
     whole: bool = True
 
 
@@ -63,7 +69,9 @@ class Scheduler:
         self._whole_only = loads_whole_prompts_only(config)
         self._ranks = config.parallel_config.world_size
         self._producer: Producer | None = None
+        self._pool: BlockPool | None = None
         self._block_tokens: tuple[int, ...] = ()
+        self._windowed: tuple[bool, ...] = ()
         self._states: dict[str, RequestState] = {}
         self._held: dict[str, Found] = {}
         """Loads under way."""
@@ -82,6 +90,7 @@ class Scheduler:
     def attach(self, hello: Handshake) -> None:
         """Begin, with what the workers have registered."""
         self._block_tokens = tuple(layout.page_tokens for layout in hello.layouts)
+        self._windowed = hello.windowed
         self._producer = Producer(
             self._settings.run_dir,
             hello.layouts[0],
@@ -92,6 +101,10 @@ class Scheduler:
             saves=False,
         )
         self.events.attach(self._producer)
+
+    def bind(self, pool: BlockPool) -> None:
+        """The engine's blocks."""
+        self._pool = pool
 
     # A request's way.
 
@@ -196,6 +209,7 @@ class Scheduler:
             if (state := self._states.get(request_id)) is not None:
                 state.release()
                 self._revoke(state)
+        orders.late = self._late()
         for request_id, scheduled in output.num_scheduled_tokens.items():
             state = self._states.get(request_id)
             if state is None:
@@ -243,14 +257,42 @@ class Scheduler:
         number, self._next_order = self._next_order, self._next_order + 1
         state.ordered = last
         state.open.add(number)
-        self._open[number] = _Open(state, first, last, self._ranks)
+        until_s = time.monotonic() + self._settings.free_deadline_ms / 1000
+        self._open[number] = _Open(state, first, last, self._ranks, self._keep(blocks), until_s)
         return SaveOrder(number, state.request.request_id, prompt.keys[:last].copy(), first, blocks)
+
+    def _keep(self, blocks: Sequence[BlockIds]) -> list[KVCacheBlock]:
+        """Have vLLM keep the blocks of groups with a window: it would take them back while they are copied."""
+        ids = [ids.ravel() for ids, windowed in zip(blocks, self._windowed, strict=True) if windowed]
+        if not ids or self._pool is None:
+            return []
+        numbers: list[int] = np.concatenate(ids).tolist()
+        kept = [self._pool.blocks[block] for block in numbers]
+        self._pool.touch(kept)
+        return kept
+
+    def _give_back(self, order: _Open) -> None:
+        kept, order.kept = order.kept, []
+        if kept and self._pool is not None:
+            self._pool.free_blocks(kept)
+
+    def _late(self) -> list[int]:
+        """Save orders that have kept blocks for too long: they may be others' from the next step on."""
+        now_s = time.monotonic()
+        late = [number for number, order in self._open.items() if order.kept and now_s >= order.until_s]
+        for number in late:
+            self._open[number].state.unsaveable = True
+            self._give_back(self._open[number])
+        self.tally.add(saves_out_of_time=len(late))
+        return late
 
     def _revoke(self, state: RequestState) -> None:
         """Its blocks go to others: whatever is not saved by then is not saved."""
         state.ordered, state.unsaveable = 0, False
         if state.open:
             self._revoked.append(state.request.request_id)
+        for number in state.open:
+            self._give_back(self._open[number])
 
     def report(self, output: KVConnectorOutput) -> None:
         """What the workers say after a step."""
@@ -271,6 +313,7 @@ class Scheduler:
             order.whole = order.whole and whole
             if order.ranks <= 0:
                 del self._open[number]
+                self._give_back(order)
                 order.state.open.discard(number)
                 if order.whole:
                     self.events.stored(order.state, order.first, order.last)
@@ -307,8 +350,9 @@ class Scheduler:
         return True
 
     def pending_frees(self) -> bool:
-        """Whether blocks of finished requests are about to come free."""
-        return bool(self._delayed) or any(order.state.request.is_finished() for order in self._open.values())
+        """Whether blocks that only saves need are about to come free."""
+        ending = (order.kept or order.state.request.is_finished() for order in self._open.values())
+        return bool(self._delayed) or any(ending)
 
     def close(self) -> None:
         """End the session."""

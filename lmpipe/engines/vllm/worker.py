@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -154,7 +154,8 @@ class Worker:
                 copy_threads=self._settings.copy_threads,
             )
             self._groups.append(_Group(group, pool, producer))
-        self._hello = Handshake(root, tuple(group.layout for group in groups), align, shards)
+        layouts, windowed = tuple(group.layout for group in groups), tuple(group.windowed for group in groups)
+        self._hello = Handshake(root, layouts, windowed, align, shards)
 
     def _isa(self) -> str:
         """What the order of bytes inside a page depends on."""
@@ -173,7 +174,8 @@ class Worker:
         """Before the step changes any page: take back what was granted, then start the loads."""
         self._step_started_s = time.monotonic()
         for request in orders.revoked:
-            self._revoke(request)
+            self._revoke([save for save in self._saves.values() if save.request == request])
+        self._revoke([self._saves[number] for number in orders.late if number in self._saves])
         if orders.weights_epoch is not None:
             for group in self._groups:
                 group.producer.renew(orders.weights_epoch)
@@ -199,7 +201,7 @@ class Worker:
         now_s = time.monotonic()
         for request, deadline_s in list(self._delayed.items()):
             if request in waiting and now_s >= deadline_s:
-                self._revoke(request)
+                self._revoke([save for save in self._saves.values() if save.request == request])
                 self.tally.add(saves_out_of_time=1)
             elif request in waiting:
                 continue
@@ -245,8 +247,9 @@ class Worker:
         self.tally.loaded(report.result, report.wanted_chunks)
         if not report.failed:
             return
-        # Block numbers alone do not say which group's they are.
-        if len(order.blocks) != 1 or loads_whole_prompts_only(self._config):
+        # Block numbers alone do not say which group's they are, and what lies before a window was not to be loaded.
+        windowed = any(group.pages.windowed for group in self._groups)
+        if len(order.blocks) != 1 or windowed or loads_whole_prompts_only(self._config):
             results.failed_recving.add(order.request)
             return
         (blocks,) = order.blocks
@@ -276,17 +279,14 @@ class Worker:
             for _, ticket in save.tickets:
                 self.tally.saved(ticket)
 
-    def _revoke(self, request: str) -> None:
-        """Its pages are about to be somebody else's."""
-        for save in self._saves.values():
-            if save.request != request:
-                continue
+    def _revoke(self, saves: Sequence[_Save]) -> None:
+        """Their pages are about to be somebody else's."""
+        for save in saves:
             for producer, ticket in save.tickets:
                 producer.cancel(ticket)
-        for save in self._saves.values():
-            if save.request == request:
-                for _, ticket in save.tickets:
-                    ticket.copied.wait()  # private pages: until the group of chunks in hand is copied
+        for save in saves:
+            for _, ticket in save.tickets:
+                ticket.copied.wait()  # private pages: until the group of chunks in hand is copied
 
     # End.
 
