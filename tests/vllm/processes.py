@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -173,7 +174,10 @@ class ServerProcess(_Group):
         arguments = settings.arguments(model, connector, overrides) | {"served_model_name": "tiny"}
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--uvicorn-log-level", "warning"]
         command += ["--host", "127.0.0.1", "--port", self.url.rpartition(":")[2], *_flags(arguments)]
-        environment = settings.environment(overrides) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+        # vLLM does not always remove its sockets.
+        self._sockets = tempfile.TemporaryDirectory(prefix="vllm-")
+        environment = settings.environment(overrides)
+        environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_RPC_BASE_PATH": self._sockets.name}
         super().__init__(command, environment, None)
         deadline = time.monotonic() + START_S
         while not self._healthy():
@@ -206,6 +210,11 @@ class ServerProcess(_Group):
         with contextlib.suppress(ProcessLookupError):
             self.process.terminate()
         self.end()
+
+    def end(self) -> None:
+        """As of every group, and the sockets go."""
+        super().end()
+        self._sockets.cleanup()
 
     def _healthy(self) -> bool:
         try:
