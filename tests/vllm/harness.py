@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,6 +21,8 @@ from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
 
 __all__ = ["Engine", "EngineProcess", "ServerProcess", "prompt"]
+
+RESET_S = 30.0
 
 
 def prompt(length: int, seed: int = 0, vocabulary: int = 512) -> list[int]:
@@ -92,7 +95,14 @@ class Engine:
         self.llm.llm_engine.abort_request(list(names))
 
     def reset_prefix_cache(self, connector: bool = False) -> bool:
-        """Forget what vLLM's own prefix cache holds; with `connector`, tell the connector to do so too."""
+        """Forget what vLLM's own prefix cache holds; with `connector`, tell the connector to do so too.
+
+        vLLM refuses as long as any block is in use, so what the finished still wait for is waited for.
+        """
+        end_s = time.monotonic() + RESET_S
+        while self.scheduler.has_requests() and not self.llm.llm_engine.has_unfinished_requests():
+            assert time.monotonic() < end_s, "blocks of finished requests do not come free"
+            self.llm.llm_engine.step()
         return self.llm.reset_prefix_cache(reset_connector=connector)
 
     # What is inside
