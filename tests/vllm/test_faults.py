@@ -93,7 +93,9 @@ def test_gather_is_stopped_in_a_load(whole: Engine, node: Node, plain: EnginePro
     ready(whole)
     settled(whole)
     whole.reset_prefix_cache()
-    assert ask(whole, prompts) == (wanted, [5 * CHUNK] * 3)
+    got, cached = ask(whole, prompts)
+    assert got == wanted
+    assert cached[1] == 5 * CHUNK  # it came late, into DRAM; of the SSD admission may think less after this
 
 
 @pytest.mark.parametrize("process", ["gather", "compress", "persist", "replicate"])
