@@ -25,7 +25,7 @@ from vllm.v1.request import Request, RequestStatus
 from lmpipe.engines.vllm.events import EventLog
 from lmpipe.engines.vllm.orders import BlockIds, Handshake, LoadOrder, LoadReport, Orders, Reports, SaveOrder
 from lmpipe.engines.vllm.requests import RequestState, blocks_of, state_of
-from lmpipe.engines.vllm.settings import Settings, loads_whole_prompts_only
+from lmpipe.engines.vllm.settings import Settings
 from lmpipe.engines.vllm.stats import Tally
 from lmpipe.errors import UnsupportedError
 from lmpipe.handles import Tier
@@ -66,7 +66,6 @@ class Scheduler:
         self._settings = settings
         self._loads_wanted = config.kv_transfer_config.is_kv_consumer
         self._saves_wanted = config.kv_transfer_config.is_kv_producer
-        self._whole_only = loads_whole_prompts_only(config)
         self._ranks = config.parallel_config.world_size
         self._producer: Producer | None = None
         self._pool: BlockPool | None = None
@@ -138,8 +137,7 @@ class Scheduler:
         first = computed // prompt.chunk_tokens
         found = producer.lookup(prompt, first_chunk=first)
         tokens = first * prompt.chunk_tokens + found.tokens - computed
-        useless = self._whole_only and computed + tokens < request.num_tokens
-        if found.chunks == 0 or tokens <= 0 or useless:
+        if found.chunks == 0 or tokens <= 0:
             found.release()
             return 0
         state.found, state.computed = found, computed

@@ -45,15 +45,6 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return run_dir_of(self.node)
 
 
-def loads_whole_prompts_only(config: VllmConfig) -> bool:
-    """Whether this engine's prefill ignores what is cached: then a hit is of use only if one token is left, which is
-    computed as a decode.
-
-    vLLM's MLA prefill on CPUs is of that kind, which is why vLLM turns chunked prefill and prefix caching off there.
-    """
-    return config.model_config.use_mla and not config.scheduler_config.enable_chunked_prefill
-
-
 def settings_of(config: VllmConfig) -> Settings:
     """The settings in a vLLM configuration.
 
@@ -98,6 +89,11 @@ def check(config: VllmConfig, settings: Settings) -> None:
         raise UnsupportedError(
             f"speculative decoding by {draft.method!r} keeps KV of a draft model, which lmpipe does not key:"
             f" use {' or '.join(_DRAFTS_WITHOUT_KV)}, or none"
+        )
+    if config.model_config.use_mla and not config.scheduler_config.enable_chunked_prefill:
+        raise UnsupportedError(
+            "vLLM's MLA prefill on CPUs ignores what is cached, which is why vLLM turns its own prefix cache off there:"
+            " loaded KV would give other tokens. Run this model without the connector"
         )
     if config.device_config.device_type != "cpu":
         raise UnsupportedError(

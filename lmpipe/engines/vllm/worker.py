@@ -29,7 +29,7 @@ from lmpipe.engines.vllm.identity import namespace_of
 from lmpipe.engines.vllm.loads import LoadThreads
 from lmpipe.engines.vllm.memory import SharedPages
 from lmpipe.engines.vllm.orders import Handshake, LoadOrder, LoadReport, Orders, Reports, SaveOrder
-from lmpipe.engines.vllm.settings import Settings, loads_whole_prompts_only
+from lmpipe.engines.vllm.settings import Settings
 from lmpipe.engines.vllm.stats import Tally
 from lmpipe.errors import UnsupportedError
 from lmpipe.handles import Tier
@@ -249,7 +249,7 @@ class Worker:
             return
         # Block numbers alone do not say which group's they are, and what lies before a window was not to be loaded.
         windowed = any(group.pages.windowed for group in self._groups)
-        if len(order.blocks) != 1 or windowed or loads_whole_prompts_only(self._config):
+        if len(order.blocks) != 1 or windowed:
             results.failed_recving.add(order.request)
             return
         (blocks,) = order.blocks
