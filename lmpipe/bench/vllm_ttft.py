@@ -6,7 +6,8 @@ warm   the same engine again, which has the prompt in its own prefix cache, and 
        an empty prefix cache, each prompt once. Against the own prefix cache
 
 Inside the clock: one call of `generate` for one token, all processes of the engine idle before. Just before, the same
-engine has answered a short prompt: nobody is measured waking up.
+engine has answered a prompt of the same size that it has in its own prefix cache, and a short one: nobody is measured
+waking up.
 
 Prompts differ from their first token on. Each is whole chunks and a question of 64 tokens behind them, so that whoever
 finds all there is to find computes the same 64 tokens.
@@ -84,6 +85,8 @@ class _Run:
     def __init__(self, common: Common, caches: Sequence[Cache], prompts: Prompts, say: Callable[[str], None]) -> None:
         self._common, self._caches, self._prompts, self._say = common, caches, prompts.all(), say
         self.seen: list[Seen] = []
+        self._before: dict[tuple[str, int], list[int]] = {}
+        """What an engine was asked last of a size, once all engines are warm."""
 
     def phase(self, name: Literal["cold", "warm"], plain: Engine) -> list[Plan]:
         """All prompts through all savers, or through all loaders. Returns these."""
@@ -114,8 +117,12 @@ class _Run:
             owner.saved(size)
 
     def _warm(self, turn: int, size: int, prompt: list[int], engine: Engine, owner: Cache | None) -> None:
-        if not owner:
-            engine.generate([prompt], 1)  # it may have given the prompt up since
+        # All engines have just done such a computation: none is measured finding its pages and code in memory again.
+        # The one without a connector may have given this prompt up since; the others must not have it before.
+        before = self._before.get((engine.name, size)) if owner else prompt
+        if before is not None:
+            engine.generate([before], 1)
+        self._before[engine.name, size] = prompt
         answers = engine.first_token(prompt)
         # Just after a start the parts of a cache may not have found each other: a miss is allowed.
         if turn >= 0 and answers.cached[0] < size - LEAST_CHUNK:
