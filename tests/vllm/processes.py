@@ -33,6 +33,8 @@ class _Group:
 
     def __init__(self, command: list[str], environment: dict[str, str], stdio: int | None) -> None:
         self._shared: set[Path] = set()
+        self._sockets = tempfile.TemporaryDirectory(prefix="vllm-")  # vLLM does not always remove its own
+        environment = environment | {"VLLM_RPC_BASE_PATH": self._sockets.name}
         self.process = subprocess.Popen(
             command, env=environment, stdin=stdio, stdout=stdio, text=True, start_new_session=True
         )
@@ -83,6 +85,7 @@ class _Group:
                     pipe.close()
         for path in self._shared:
             path.unlink(missing_ok=True)
+        self._sockets.cleanup()
 
     def __enter__(self) -> Any:
         return self
@@ -174,10 +177,7 @@ class ServerProcess(_Group):
         arguments = settings.arguments(model, connector, overrides) | {"served_model_name": "tiny"}
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--uvicorn-log-level", "warning"]
         command += ["--host", "127.0.0.1", "--port", self.url.rpartition(":")[2], *_flags(arguments)]
-        # vLLM does not always remove its sockets.
-        self._sockets = tempfile.TemporaryDirectory(prefix="vllm-")
-        environment = settings.environment(overrides)
-        environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_RPC_BASE_PATH": self._sockets.name}
+        environment = settings.environment(overrides) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
         super().__init__(command, environment, None)
         deadline = time.monotonic() + START_S
         while not self._healthy():
@@ -210,11 +210,6 @@ class ServerProcess(_Group):
         with contextlib.suppress(ProcessLookupError):
             self.process.terminate()
         self.end()
-
-    def end(self) -> None:
-        """As of every group, and the sockets go."""
-        super().end()
-        self._sockets.cleanup()
 
     def _healthy(self) -> bool:
         try:
