@@ -83,7 +83,9 @@ def run(args: argparse.Namespace) -> int:
 def missing(name: str) -> str:
     """What a benchmark needs and is not installed here, or empty."""
     package, _ = NEEDS.get(name, ("", ""))
-    return package if package and find_spec(package) is None else ""
+    spec = find_spec(package) if package else None
+    there = spec is not None and spec.origin is not None  # without an origin it is a directory of that name
+    return "" if there else package
 
 
 def measure(name: str, *, disk: Path, quick: bool, console: Console) -> list[Figure]:

@@ -27,6 +27,7 @@ from lmpipe.shm.pages import sweep as sweep_pages
 from lmpipe.shm.session import SessionDir
 
 TERM_S = 5.0
+MAKE_ATTEMPTS = 100
 _FLOCK = struct.Struct("hhqqi4x")  # Linux, 64 bits: type, whence, start, length, pid
 
 
@@ -135,15 +136,26 @@ class Claim:
 
 
 def _make_private(path: Path) -> None:
+    for _ in range(MAKE_ATTEMPTS):
+        with contextlib.suppress(FileNotFoundError):  # gone between two steps: a former owner removes it
+            status = _make(path)
+            break
+    else:
+        raise NodeError(f"{path}: is removed each time it is made; choose another run_dir")
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
+        raise NodeError(f"{path}: must be a directory of user {os.geteuid()} alone (mode 0700); remove it, or chmod it")
+
+
+def _make(path: Path) -> os.stat_result:
     missing = [directory for directory in (path, *path.parents) if not directory.exists()]
     try:
         for directory in reversed(missing):
             directory.mkdir(mode=0o700, exist_ok=True)
+    except FileNotFoundError:
+        raise
     except OSError as error:
         raise NodeError(f"{path}: {error.strerror}; choose another run_dir") from None
-    status = path.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
-        raise NodeError(f"{path}: must be a directory of user {os.geteuid()} alone (mode 0700); remove it, or chmod it")
+    return path.lstat()
 
 
 def _lock(paths: RunDir, name: str) -> int:
