@@ -209,7 +209,7 @@ def test_server(node: Node, llama: Path, plain: EngineProcess, capsys: pytest.Ca
         assert list(clients.map(lambda prompt: server.complete(prompt, 8), prompts)) == wanted
         assert len(segments(node)) == 1
         until(lambda: counted(server, "vllm:lmpipe_saved_chunks_total") >= 4, "all is saved")
-    assert not segments(node)
+    until(lambda: not segments(node), "the pages are gone: vLLM may kill a worker before it has shut down")
     assert server.process.returncode == 0
     with ServerProcess(llama, connector(node, name="server")) as server, ThreadPoolExecutor(2) as clients:
         until(lambda: engine_of(node, "server.rank0"), "it is registered")
@@ -222,7 +222,7 @@ def test_server(node: Node, llama: Path, plain: EngineProcess, capsys: pytest.Ca
         assert main(["status", str(node.run_dir), "--json"]) == 0
         shown = json.loads(capsys.readouterr().out)
         assert any(view["name"].startswith("server.rank0") and view["loaded_bytes"] for view in shown["engines"])
-    assert not segments(node)
+    until(lambda: not segments(node), "the pages are gone")
 
 
 def engine_of(node: Node, name: str) -> EngineView | None:
