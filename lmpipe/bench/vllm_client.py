@@ -20,6 +20,8 @@ PROGRAM = [sys.executable, "-P", "-m", "lmpipe.bench.vllm_engine"]
 START_S = 240.0
 ANSWER_S = 300.0
 IDLE_S = 0.05
+REST_S = 1.2
+"""vLLM's processes poll for a second after their last message before they sleep, each on a processor of its own."""
 WAKE_TOKENS = 48
 """Of the short prompt before each one that counts; less than any block, so that nobody saves it."""
 
@@ -105,7 +107,8 @@ class Engine(AskedProcess):
         return Answers(got["seconds"], got["tokens"], got["cached"])
 
     def first_token(self, prompt: Sequence[int]) -> Answers:
-        """The first token of one prompt, from an engine that is awake and idle."""
+        """The first token of one prompt, from an engine that is awake and idle, while all others sleep."""
+        time.sleep(REST_S)
         self._asked += 1
         self.generate([[1 + self._asked % 64] * WAKE_TOKENS], 1)
         time.sleep(IDLE_S)

@@ -7,7 +7,7 @@ warm   the same engine again, which has the prompt in its own prefix cache, and 
 
 Inside the clock: one call of `generate` for one token, all processes of the engine idle before. Just before, the same
 engine has answered a prompt of the same size that it has in its own prefix cache, and a short one: nobody is measured
-waking up.
+waking up. All other engines have gone to sleep before, which vLLM's do after a second of polling.
 
 Prompts differ from their first token on. Each is whole chunks and a question of 64 tokens behind them, so that whoever
 finds all there is to find computes the same 64 tokens.

@@ -176,6 +176,7 @@ class Saves:
             lambda _: self._copied(engine, save, slots, chunks, ""),
             lambda error: self._copied(engine, save, slots, chunks, str(error)),
             "gather.copy",
+            urgent=True,  # the engine keeps the pages until then
         )
         return True
 
