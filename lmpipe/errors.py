@@ -33,6 +33,10 @@ class FormatError(LmpipeError):
     """A stored file or object whose bytes are not what its header promises."""
 
 
+class CannotEncode(LmpipeError):
+    """A chunk that a codec cannot write within its stated error: it is kept raw."""
+
+
 class NodeError(LmpipeError):
     """The node (all lmpipe processes of one topology) is absent, already running, or of another version."""
 

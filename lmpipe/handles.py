@@ -87,12 +87,19 @@ class Codec(IntEnum):
 
     RAW = 0
     ZSTD = 1
+    SPLIT = 2
+    FP8 = 3
+    INT4H = 4
+    ADAPTIVE = 5
 
 
 class Fidelity(IntEnum):
     """How exact a chunk is: the least exact codec among itself and the prefix it was computed on."""
 
     EXACT = 0
+    FP8 = 100
+    INT4H = 200
+    ADAPTIVE = 300
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,15 +5,17 @@ from __future__ import annotations
 from typing import Protocol
 
 from lmpipe.codecs.raw import RawCodec
+from lmpipe.codecs.source import ANY as ANY
+from lmpipe.codecs.source import Source as Source
 from lmpipe.codecs.zstd import ZstdCodec
-from lmpipe.handles import Codec
+from lmpipe.handles import Codec, Fidelity
 from lmpipe.settings import Tiers, Topology
 
 
 class ChunkCodec(Protocol):
     """How a chunk's bytes are written smaller. Instances hold no state: any thread may use them.
 
-    `item_bytes` is the size of one number of the KV cache (2 for bf16); it need not divide the payload.
+    Encoded bytes describe themselves; what a codec was configured with is of no use to a decoder.
     """
 
     @property
@@ -27,8 +29,8 @@ class ChunkCodec(Protocol):
         ...
 
     @property
-    def lossless(self) -> bool:
-        """Whether decoding gives back every bit."""
+    def fidelity(self) -> Fidelity:
+        """`EXACT`: decoding gives back every bit."""
         ...
 
     @property
@@ -40,15 +42,16 @@ class ChunkCodec(Protocol):
         """Bytes that `dst` of `encode` must have at least."""
         ...
 
-    def encode(self, src: memoryview, dst: memoryview, item_bytes: int) -> int:
+    def encode(self, src: memoryview, dst: memoryview, source: Source) -> int:
         """Write `src` into `dst`; the number of bytes written.
 
         Raises:
             ValueError: `dst` is shorter than the result.
+            CannotEncode: the chunk cannot be written this way (no layout, not a number, another dtype): keep it raw.
         """
         ...
 
-    def decode(self, src: memoryview, dst: memoryview, item_bytes: int) -> None:
+    def decode(self, src: memoryview, dst: memoryview) -> None:
         """Inverse of `encode`: fills `dst`, whose length is the payload's before encoding.
 
         Raises:

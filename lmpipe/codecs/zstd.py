@@ -1,6 +1,6 @@
 """Lossless: bytes of equal significance side by side, then zstd.
 
-      numbers   a0 a1 | b0 b1 | c0 c1 | tail      item_bytes = 2
+      numbers   a0 a1 | b0 b1 | c0 c1 | tail      ITEM_BYTES = 2
       planes    a0 b0 c0 | a1 b1 c1 | tail        -> one zstd frame with content size and checksum
 
 Exponents and signs of neighbouring numbers are alike, mantissas are noise: apart, the first compress and the second
@@ -12,9 +12,12 @@ from __future__ import annotations
 import numpy as np
 import zstandard
 
+from lmpipe.codecs.source import Source
 from lmpipe.errors import FormatError
-from lmpipe.handles import Codec
+from lmpipe.handles import Codec, Fidelity
 
+ITEM_BYTES = 2
+"""Of a number; of numbers of another size a lossless codec only shrinks less."""
 _LEVEL = 1
 _FRAME_EXTRA_BYTES = 64
 _SMALL_BYTES = 128 << 10
@@ -25,7 +28,7 @@ class ZstdCodec:
 
     number = Codec.ZSTD
     name = "zstd"
-    lossless = True
+    fidelity = Fidelity.EXACT
     numeric = False
 
     def bound(self, raw_bytes: int) -> int:
@@ -33,12 +36,12 @@ class ZstdCodec:
         small = (_SMALL_BYTES - raw_bytes) >> 11 if raw_bytes < _SMALL_BYTES else 0
         return raw_bytes + (raw_bytes >> 8) + small + _FRAME_EXTRA_BYTES
 
-    def encode(self, src: memoryview, dst: memoryview, item_bytes: int) -> int:
+    def encode(self, src: memoryview, dst: memoryview, source: Source) -> int:
         """Transpose, compress."""
         numbers = np.frombuffer(src, np.uint8)
         planes = np.empty_like(numbers)
-        whole = len(numbers) // item_bytes * item_bytes
-        planes[:whole].reshape(item_bytes, -1)[...] = numbers[:whole].reshape(-1, item_bytes).T
+        whole = len(numbers) // ITEM_BYTES * ITEM_BYTES
+        planes[:whole].reshape(ITEM_BYTES, -1)[...] = numbers[:whole].reshape(-1, ITEM_BYTES).T
         planes[whole:] = numbers[whole:]
         frame = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True).compress(planes.data)
         if len(dst) < len(frame):
@@ -46,7 +49,7 @@ class ZstdCodec:
         dst[: len(frame)] = frame
         return len(frame)
 
-    def decode(self, src: memoryview, dst: memoryview, item_bytes: int) -> None:
+    def decode(self, src: memoryview, dst: memoryview) -> None:
         """Decompress, transpose back."""
         try:
             # The size is checked before anything is allocated: a damaged frame may promise any.
@@ -59,6 +62,6 @@ class ZstdCodec:
         if len(planes) != len(dst):
             raise FormatError(f"zstd frame gave {len(planes)} bytes where {len(dst)} were expected")
         numbers = np.frombuffer(dst, np.uint8)
-        whole = len(numbers) // item_bytes * item_bytes
-        numbers[:whole].reshape(-1, item_bytes)[...] = planes[:whole].reshape(item_bytes, -1).T
+        whole = len(numbers) // ITEM_BYTES * ITEM_BYTES
+        numbers[:whole].reshape(-1, ITEM_BYTES)[...] = planes[:whole].reshape(ITEM_BYTES, -1).T
         numbers[whole:] = planes[whole:]

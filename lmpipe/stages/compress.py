@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lmpipe import messages as m
-from lmpipe.codecs import ChunkCodec
+from lmpipe.codecs import ANY, ChunkCodec
 from lmpipe.errors import LmpipeError, ProtocolViolation
 from lmpipe.handles import ChunkRecords, Codec, SessionId, Slot, Tier
 from lmpipe.index import index_key
@@ -28,8 +28,6 @@ from lmpipe.stages.links import Links
 from lmpipe.stages.recalls import Recalls
 from lmpipe.stages.transit import Ring, Sources
 
-ITEM_BYTES = 2
-"""Size of a number of the KV cache. Records do not say; with another size a lossless codec only shrinks less."""
 ENCODES_AT_ONCE = 1
 DECODES_AT_ONCE = 2
 QUEUE_CHUNKS = 256
@@ -169,7 +167,7 @@ class Compress:
             return True
 
         def encode() -> int:
-            return self._codec.encode(reading.payloads[0], into, ITEM_BYTES)
+            return self._codec.encode(reading.payloads[0], into, ANY)
 
         def done(stored: int) -> None:
             self._encoding -= 1
@@ -263,7 +261,7 @@ class Compress:
         raw_bytes, codec = int(record["raw_bytes"]), self._codecs[Codec(int(record["codec"]))]
 
         def decode() -> None:
-            codec.decode(reading.payloads[0], into[:raw_bytes], ITEM_BYTES)
+            codec.decode(reading.payloads[0], into[:raw_bytes])
 
         def ended() -> None:
             self._decoding -= 1
