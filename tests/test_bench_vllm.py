@@ -44,16 +44,16 @@ for line in sys.stdin:
 class Shared(Cache):
     """Finds across processes what was asked before."""
 
-    def __init__(self, off: int = 0) -> None:
+    def __init__(self, off: int = 0, judged: bool = True) -> None:
         super().__init__()
         self.stored: list[int] = []
-        self._off = off
+        self._off, self._judged = off, judged
 
     def savers(self) -> list[Plan]:
         return [Plan("cold, shared", {"shares": True})]
 
     def loaders(self) -> list[Plan]:
-        return [Plan("shared", {"shares": True, "off": self._off})]
+        return [Plan("shared", {"shares": True, "off": self._off}, judged=self._judged)]
 
     def saved(self, tokens: int) -> None:
         self.stored.append(tokens)
@@ -64,6 +64,7 @@ def common(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Common:
     fake = tmp_path / "fake.py"
     fake.write_text(textwrap.dedent(FAKE))
     monkeypatch.setattr("lmpipe.bench.vllm_client.PROGRAM", [sys.executable, str(fake)])
+    monkeypatch.setattr("lmpipe.bench.vllm_client.REST_S", 0.0)
     return Common(tmp_path / "shared.json", "bfloat16", 4096, 1 << 20, False, tmp_path)
 
 
@@ -85,6 +86,9 @@ def test_wrong_tokens_are_counted_in_bf16_and_end_a_run_in_fp32(common: Common) 
     assert (figures["wrong first tokens"].value, figures["wrong first tokens"].met) == (8, False)
     assert figures["wrong first tokens: shared"].value == 8
     assert "wrong first tokens: cold, shared" not in figures
+    common.model.unlink()
+    figures = {f.name: f for f in vllm_ttft.measure(common, [Shared(off=1, judged=False)], PROMPTS, lambda _: None)}
+    assert (figures["wrong first tokens"].value, figures["wrong first tokens: shared"].value) == (0, 8)
     common.model.unlink()
     exact = Common(common.model, "float32", 4096, 1 << 20, False, common.logs)
     with pytest.raises(LmpipeError, match="'shared': 8"):

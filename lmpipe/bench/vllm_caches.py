@@ -124,10 +124,10 @@ class ExampleCache(Cache):
         self._options = {**config, "max_num_batched_tokens": longest_tokens}
 
     def savers(self) -> Sequence[Plan]:
-        return [Plan("cold, ExampleConnector attached", self._options)]
+        return [Plan("cold, ExampleConnector attached", self._options, judged=False)]
 
     def loaders(self) -> Sequence[Plan]:
-        return [Plan("ExampleConnector, files", self._options)]
+        return [Plan("ExampleConnector, files", self._options, judged=False)]
 
 
 def connector(name: str, extra: dict[str, Any], module: str | None = None) -> dict[str, Any]:

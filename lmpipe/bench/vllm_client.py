@@ -29,13 +29,14 @@ WAKE_TOKENS = 48
 @dataclass(frozen=True, slots=True)
 class Plan:
     """An engine to be started: a name for people, what its LLM gets beside the common options, its environment, and
-    what is wanted of it.
+    what is wanted of it. `judged`: its wrong tokens are counted against the goal.
     """
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     env: Mapping[str, str] = field(default_factory=dict[str, str])
     goal: Goal | None = None
+    judged: bool = True
 
 
 @dataclass(frozen=True, slots=True)

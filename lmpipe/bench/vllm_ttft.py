@@ -78,7 +78,8 @@ def measure(common: Common, caches: Sequence[Cache], prompts: Prompts, say: Call
         savers = run.phase("cold", plain)
         loaders = run.phase("warm", plain)
     figures = [figure for size in prompts.sizes for figure in _figures(run.seen, size, savers, loaders)]
-    return [*figures, *_wrong(run.seen, strict=common.dtype == "float32")]
+    judged = {plan.name for plan in (*savers, *loaders) if plan.judged}
+    return [*figures, *_wrong(run.seen, judged, strict=common.dtype == "float32")]
 
 
 class _Run:
@@ -149,7 +150,7 @@ def _figures(seen: Sequence[Seen], size: int, savers: Sequence[Plan], loaders: S
     ]
 
 
-def _wrong(seen: Sequence[Seen], *, strict: bool) -> list[Figure]:
+def _wrong(seen: Sequence[Seen], judged: set[str], *, strict: bool) -> list[Figure]:
     right: dict[tuple[int, int], set[int]] = defaultdict(set)
     for one in seen:
         if one.name in (COLD, OWN):
@@ -157,5 +158,5 @@ def _wrong(seen: Sequence[Seen], *, strict: bool) -> list[Figure]:
     counts = Counter(one.name for one in seen if one.token not in right[one.turn, one.size])
     if strict and (counts or any(len(tokens) > 1 for tokens in right.values())):
         raise LmpipeError(f"wrong first tokens: {dict(counts)}, {dict(right)}")
-    total = Figure.of("wrong first tokens", [counts.total()], "prompts", goal=NONE)
+    total = Figure.of("wrong first tokens", [sum(counts[name] for name in judged)], "prompts", goal=NONE)
     return [total, *(Figure.of(f"wrong first tokens: {name}", [counts[name]], "prompts") for name in sorted(counts))]

@@ -65,10 +65,10 @@ class LmcacheCache(Cache):
             raise
 
     def savers(self) -> Sequence[Plan]:
-        return [Plan(f"cold, LMCache attached, {self._mode}", self._options(), OFF)]
+        return [Plan(f"cold, LMCache attached, {self._mode}", self._options(), OFF, judged=False)]
 
     def loaders(self) -> Sequence[Plan]:
-        return [Plan(f"LMCache, {self._mode}", self._options(), OFF)]
+        return [Plan(f"LMCache, {self._mode}", self._options(), OFF, judged=False)]
 
     def saved(self, tokens: int) -> None:
         """Its server counts objects, one a chunk, and those that are still being written."""
