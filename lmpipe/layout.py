@@ -136,6 +136,10 @@ class KVLayout:
         """Bytes of one chunk's payload."""
         return self.chunk_pages(chunk_tokens) * self.page_bytes * self.plane_count
 
+    def tokens_of(self, chunk_bytes: int) -> int:
+        """Inverse of `chunk_bytes`."""
+        return chunk_bytes // (self.page_bytes * self.plane_count) * self.page_tokens
+
     def effective_chunk_tokens(self, configured: int = CHUNK_TOKENS, align_tokens: int = 1) -> int:
         """The smallest multiple of the page size, and of `align_tokens`, that is at least `configured`."""
         unit = math.lcm(self.page_tokens, align_tokens)

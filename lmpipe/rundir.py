@@ -5,6 +5,7 @@ whole.
 from __future__ import annotations
 
 import os
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,14 +109,42 @@ class RunDir:
         return self.ups / f"{process}.json"
 
     @property
+    def layouts(self) -> Path:
+        """Parent of the book of layouts."""
+        return self.path / "layouts"
+
+    def layout(self, layout_id: int) -> Path:
+        """The layout of an id."""
+        return self.layouts / f"{layout_id:016x}.json"
+
+    @property
+    def namespaces(self) -> Path:
+        """Parent of the book of namespaces."""
+        return self.path / "namespaces"
+
+    def namespace(self, namespace_id: int) -> Path:
+        """The tenant of a namespace."""
+        return self.namespaces / f"{namespace_id:016x}"
+
+    @property
     def directories(self) -> tuple[Path, ...]:
         """Every directory of the tree, parents first."""
-        return self.path, self.index, self.sessions, self.counters, self.sockets, self.logs, self.ups
+        return (
+            self.path,
+            self.index,
+            self.sessions,
+            self.counters,
+            self.sockets,
+            self.logs,
+            self.ups,
+            self.layouts,
+            self.namespaces,
+        )
 
 
 def write_atomically(path: Path, data: bytes) -> None:
     """`path` has either its old content or `data`, mode 0600, whatever happens in between."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = path.with_name(f".{path.name}.{threading.get_native_id()}")
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
     try:
         with os.fdopen(descriptor, "wb") as file:

@@ -30,11 +30,14 @@ class Process(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class DramTier(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The arena. `slots`: how many chunks it can name (None: by capacity); a slot's header takes 128 bytes."""
+    """The arena. `slots`: how many chunks it can name (None: by capacity); a slot's header takes 128 bytes. `codec`:
+    chunks are encoded with it some time after they were saved, so that more of them fit.
+    """
 
     capacity: Size
     prefault: bool = True
     slots: Count | None = None
+    codec: str = "raw"
 
 
 class SsdTier(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -64,6 +67,42 @@ class Tiers(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ssd: SsdTier | None = None
     remote: RemoteTier | None = None
 
+    @property
+    def codec_names(self) -> list[tuple[str, str]]:
+        """The codec of each tier, after its path in the topology."""
+        named = {"dram": self.dram, "ssd": self.ssd, "remote": self.remote}
+        return [(f"tiers.{name}.codec", tier.codec) for name, tier in named.items() if tier]
+
+
+class Int4h(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`sink_tokens` of a prompt's start, and the first and last `edge_layers` layers, are kept in 8 bits."""
+
+    sink_tokens: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 4
+    edge_layers: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 0
+
+
+class Adaptive(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`calibration`: the file that `lmpipe calibrate` wrote, relative to the topology file."""
+
+    calibration: str = ""
+
+
+class Codecs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What codecs are set to; encoded chunks say it of themselves, so that others can be read all the same."""
+
+    int4h: Int4h = Int4h()
+    adaptive: Adaptive = Adaptive()
+
+
+class Tenant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A tenant whose chunks are treated in a way of their own. `codec`: instead of the tiers' (in DRAM only where that
+    has one); `exact`: as `engines.exact`, for this tenant alone.
+    """
+
+    name: Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
+    codec: str | None = None
+    exact: bool = False
+
 
 class Rings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Bytes in transit that a stage may allocate; for each stage at least two encoded chunks."""
@@ -80,6 +119,7 @@ class Rings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Engines(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What each producer is granted. `leases`: arena slots lent to it at any time. `opaque_pages`: engines are expected
     whose pages have an unknown inner order (vLLM on CPUs); codecs that compute with numbers are then refused at once.
+    `exact`: chunks that lost information, or were computed on such, are never offered; codecs that lose are refused.
     """
 
     leases: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 16
@@ -87,6 +127,7 @@ class Engines(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     hold_entries: Annotated[int, msgspec.Meta(ge=64, le=1 << 20)] = 16384
     load_deadline_ms: Milliseconds = 2000
     opaque_pages: bool = False
+    exact: bool = False
 
 
 class LoadRates(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -148,6 +189,8 @@ class Topology(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     run_dir: str = ""
     chunk_tokens: Annotated[int, msgspec.Meta(ge=1, le=65536)] = 256
     processes: list[Process] = []
+    codecs: Codecs = Codecs()
+    tenants: list[Tenant] = []
     rings: Rings = Rings()
     engines: Engines = Engines()
     admission: Admission = Admission()
@@ -167,12 +210,18 @@ class Topology(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return tuple(
             stage
             for stage in STAGES
-            if stage == "gather" or (self.codec != "raw" and stage == "compress") or self.tier_of(stage)
+            if stage == "gather" or (self.encodes and stage == "compress") or self.tier_of(stage)
         )
 
     @property
+    def encodes(self) -> bool:
+        """Whether any tenant's chunks are encoded for the tiers below DRAM."""
+        below = self.tiers.ssd or self.tiers.remote
+        return below is not None and {self.codec, *(tenant.codec or "raw" for tenant in self.tenants)} != {"raw"}
+
+    @property
     def codec(self) -> str:
-        """The codec of the tiers below DRAM; they take the same encoded chunk, so it is one."""
+        """The codec of the tiers below DRAM, for tenants without one of their own; all take the same encoded chunk."""
         below = self.tiers.ssd or self.tiers.remote
         return below.codec if below else "raw"
 
@@ -193,7 +242,23 @@ class Topology(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def rings_needed(self) -> tuple[str, ...]:
         """Stages that allocate transit slots: all but gather when chunks are encoded, else none."""
-        return self.stages[1:] if self.codec != "raw" else ()
+        return self.stages[1:] if self.encodes else ()
+
+    @property
+    def codec_names(self) -> list[tuple[str, str]]:
+        """Every codec that is named, by tier or by tenant, after the path where it stands or would stand."""
+        named = self.tiers.codec_names
+        own = [(f"tenants[{i}].codec", tenant.codec) for i, tenant in enumerate(self.tenants) if tenant.codec]
+        return named + own
+
+    def tenant(self, name: str) -> Tenant | None:
+        """What is said of a tenant, if anything is."""
+        return next((tenant for tenant in self.tenants if tenant.name == name), None)
+
+    def is_exact(self, tenant: str) -> bool:
+        """Whether a tenant's requests are only ever given chunks that lost nothing."""
+        own = self.tenant(tenant)
+        return self.engines.exact or (own is not None and own.exact)
 
     def below(self, stage: str) -> StageName | None:
         """The stage that takes what `stage` passes on, or None after the last."""

@@ -19,10 +19,13 @@ from lmpipe.rundir import PAGES_SUFFIX, default_parent, write_atomically
 from lmpipe.rundir import RunDir as RunDir
 from lmpipe.settings import MIB
 from lmpipe.settings import STAGES as STAGES
+from lmpipe.settings import Adaptive as Adaptive
 from lmpipe.settings import Admission as Admission
+from lmpipe.settings import Codecs as Codecs
 from lmpipe.settings import DramTier as DramTier
 from lmpipe.settings import Engines as Engines
 from lmpipe.settings import Index as Index
+from lmpipe.settings import Int4h as Int4h
 from lmpipe.settings import LoadRates as LoadRates
 from lmpipe.settings import Metrics as Metrics
 from lmpipe.settings import Process as Process
@@ -32,6 +35,7 @@ from lmpipe.settings import Restarts as Restarts
 from lmpipe.settings import Rings as Rings
 from lmpipe.settings import SsdTier as SsdTier
 from lmpipe.settings import StageName as StageName
+from lmpipe.settings import Tenant as Tenant
 from lmpipe.settings import Tiers as Tiers
 from lmpipe.settings import Topology as Topology
 from lmpipe.strict_yaml import nearest
@@ -137,8 +141,12 @@ def _resolved(topology: Topology, base: Path) -> Topology:
     if tiers.remote and re.match("file:[^/]", tiers.remote.url):
         place = os.path.normpath(base / tiers.remote.url.removeprefix("file:"))
         tiers = replace(tiers, remote=replace(tiers.remote, url=f"file://{place}"))
+    codecs = topology.codecs
+    if codecs.adaptive.calibration:
+        calibration = os.path.normpath(base / codecs.adaptive.calibration)
+        codecs = replace(codecs, adaptive=replace(codecs.adaptive, calibration=calibration))
     run_dir = os.path.normpath(base / topology.run_dir) if topology.run_dir else str(default_parent() / topology.name)
-    topology = replace(topology, tiers=tiers, run_dir=run_dir)
+    topology = replace(topology, tiers=tiers, codecs=codecs, run_dir=run_dir)
     if not topology.processes:
         topology = replace(topology, processes=[Process(stage, [stage]) for stage in topology.stages])
     return topology
@@ -165,6 +173,7 @@ def _conflicts(topology: Topology) -> list[tuple[str, str]]:
             f"ends with {PAGES_SUFFIX}, as the directory beside a node's does; choose another run_dir or name",
         )
     _check_tiers(topology, wrong)
+    _check_tenants(topology, wrong)
     _check_processes(topology, wrong)
     if topology.watchdog_ms <= 2 * topology.heartbeat_ms:
         wrong(
@@ -199,12 +208,9 @@ def _check_tiers(topology: Topology, wrong: _Wrong) -> None:
             )
         elif scheme == "file" and not rest.startswith("/"):
             wrong("tiers.remote.url", "the directory must be absolute: three slashes, file:///directory")
-    for name, tier in (("ssd", tiers.ssd), ("remote", tiers.remote)):
-        if tier and tier.codec not in CODECS:
-            wrong(
-                f"tiers.{name}.codec",
-                f'unknown codec "{tier.codec}"{nearest(tier.codec, CODECS)} (codecs: {", ".join(CODECS)})',
-            )
+    for path, name in topology.codec_names:
+        if name not in CODECS:
+            wrong(path, f'unknown codec "{name}"{nearest(name, CODECS)} (codecs: {", ".join(CODECS)})')
     if tiers.ssd and tiers.remote and tiers.ssd.codec != tiers.remote.codec:
         wrong(
             "tiers.remote.codec",
@@ -216,6 +222,14 @@ def _check_tiers(topology: Topology, wrong: _Wrong) -> None:
     for tier in topology.tier_names:
         if topology.index.map_bytes(tier) < MIB:
             wrong(f"index.{tier}", "at least 1MiB")
+
+
+def _check_tenants(topology: Topology, wrong: _Wrong) -> None:
+    names: set[str] = set()
+    for i, tenant in enumerate(topology.tenants):
+        if tenant.name in names:
+            wrong(f"tenants[{i}].name", f'a second entry for the tenant "{tenant.name}"')
+        names.add(tenant.name)
 
 
 def _check_processes(topology: Topology, wrong: _Wrong) -> None:
@@ -237,7 +251,7 @@ def _check_processes(topology: Topology, wrong: _Wrong) -> None:
                 wrong(f"{at}.stages[{j}]", f'{stage} is already placed in the process "{placed[stage]}"')
             elif stage not in topology.stages:
                 lacks = (
-                    "no tier below has a codec other than raw"
+                    "no tier below has a codec other than raw, and no tenant"
                     if stage == "compress"
                     else f"there is no tiers.{_TIER_FIELD[stage]}"
                 )

@@ -61,12 +61,29 @@ def test_stages_follow_the_tiers() -> None:
     assert encoded.process_of("persist").name == "persist"
 
 
+def test_compress_is_there_for_one_tenant_alone() -> None:
+    tiers = "tiers: {dram: {capacity: 1GiB}, ssd: {directory: d, capacity: 2GiB, codec: raw}}\n"
+    for tenants, encodes in (("[]", False), ("[{name: t, codec: raw}]", False), ("[{name: t, codec: zstd}]", True)):
+        topology = parse(f"name: a\n{tiers}tenants: {tenants}\n")
+        assert topology.encodes is encodes and ("compress" in topology.stages) is encodes
+        assert topology.rings_needed == (("compress", "persist") if encodes else ())
+    assert not parse(MINIMAL + "tenants: [{name: t, codec: zstd}]").encodes, "nothing is below"
+
+
+def test_who_is_exact() -> None:
+    some = parse(MINIMAL + "tenants: [{name: t, exact: true}, {name: u}]")
+    assert [some.is_exact(tenant) for tenant in ("t", "u", "default")] == [True, False, False]
+    assert all(parse(MINIMAL + "engines: {exact: true}\ntenants: [{name: u}]").is_exact(name) for name in "uv")
+
+
 def test_directories_start_at_the_file() -> None:
     text = "name: a\ntiers: {dram: {capacity: 1GiB}, remote: {url: 'file:../r', capacity: 1GiB}}\nrun_dir: n"
     topology = parse(text)
     assert topology.tiers.remote is not None
     assert topology.tiers.remote.url == "file:///r"
     assert topology.run_dir == "/base/n"
+    calibrated = parse(MINIMAL + "codecs: {adaptive: {calibration: ../bits.json}}")
+    assert calibrated.codecs.adaptive.calibration == "/bits.json" and not topology.codecs.adaptive.calibration
 
 
 @pytest.mark.parametrize(
@@ -130,6 +147,12 @@ def test_every_problem_at_once_with_line_path_and_nearest_name() -> None:
         ("processes: [{name: g, stages: [gather]}, {name: g, stages: [gather]}]", 'a second process is named "g"'),
         ("processes: [{name: g, stages: [gather, gather]}]", 'gather is already placed in the process "g"'),
         ("processes: [{name: g, stages: [gather], cpus: [-1]}]", "cpus[0]: -1: Expected `int` >= 0"),
+        ("tenants: [{codec: raw}]", "tenants[0].name: this field is missing"),
+        ("tenants: [{name: t}, {name: t, exact: true}]", 'tenants[1].name: a second entry for the tenant "t"'),
+        ("tenants: [{name: t, codec: int4}]", 'tenants[0].codec: unknown codec "int4"; did you mean "int4h"?'),
+        ("tenants: [{name: t, exakt: true}]", 'tenants[0].exakt: unknown field; did you mean "exact"?'),
+        ("codecs: {int4h: {sink_tokens: 65536}}", "codecs.int4h.sink_tokens: 65536: Expected `int` <= 65535"),
+        ("codecs: {split: {}}", "codecs.split: unknown field"),
     ],
 )  # fmt: skip
 def test_refuses(more: str, problem: str) -> None:
@@ -178,7 +201,8 @@ def test_load_of_what_is_no_text(tmp_path: Path) -> None:
         tp.load(tmp_path / "bytes.yaml")
 
 
-KINDS = (Topology, tp.Tiers, tp.DramTier, tp.SsdTier, tp.RemoteTier, tp.Process, tp.Rings, tp.Metrics, tp.Restarts)
+TIERS = (tp.Tiers, tp.DramTier, tp.SsdTier, tp.RemoteTier)
+KINDS = (Topology, *TIERS, tp.Process, tp.Rings, tp.Metrics, tp.Restarts, tp.Codecs, tp.Int4h, tp.Adaptive, tp.Tenant)
 KEYS = st.sampled_from(sorted({field.name for kind in KINDS for field in msgspec.structs.fields(kind)}))
 LEAVES = (
     st.none()

@@ -78,20 +78,50 @@ def misfits(tiers: Tiers, *, opaque: bool) -> list[tuple[str, str]]:
     Args:
         opaque: whether the order inside the engine's pages is unknown (`KVLayout.opaque_page_bytes`).
     """
-    named = {codec.name: codec for codec in CODECS.values()}
-    bytewise = " or ".join(codec.name for codec in CODECS.values() if not codec.numeric)
-    below = {"ssd": tiers.ssd, "remote": tiers.remote}
-    return [
-        (
-            f"tiers.{name}.codec",
-            f"{tier.codec} computes with the numbers in a page, whose order is unknown where pages are opaque; choose"
-            f" {bytewise} for this tier",
-        )
-        for name, tier in below.items()
-        if opaque and tier and tier.codec in named and named[tier.codec].numeric
-    ]
+    return _numeric(tiers.codec_names) if opaque else []
 
 
 def conflicts(topology: Topology) -> list[tuple[str, str]]:
-    """`misfits` of what the topology says of its engines; for `topology.load`."""
-    return misfits(topology.tiers, opaque=topology.engines.opaque_pages)
+    """Codecs that what the topology says of its engines and tenants does not allow; for `topology.load`."""
+    found = _numeric(topology.codec_names) if topology.engines.opaque_pages else []
+    if topology.engines.exact:
+        mend = "engines.exact is true: choose {} here, or let exact be true for those tenants only that need it"
+        found += [(path, _loses(name, mend)) for path, name in topology.codec_names if _is_lossy(name)]
+        return found
+    for i, tenant in enumerate(topology.tenants):
+        if not tenant.exact:
+            continue
+        if tenant.codec:
+            named, path = [("its codec", tenant.codec)], f"tenants[{i}].codec"
+        else:
+            named, path = topology.tiers.codec_names, f"tenants[{i}].exact"
+        for where, name in named:
+            if _is_lossy(name):
+                found.append((path, _loses(name, f"the tenant is exact ({where}): give it {{}} as a codec of its own")))
+    return found
+
+
+def _numeric(named: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    bytewise = _one_of([codec.name for codec in CODECS.values() if not codec.numeric])
+    return [
+        (
+            path,
+            f"{name} computes with the numbers in a page, whose order is unknown where pages are opaque; choose"
+            f" {bytewise} here",
+        )
+        for path, name in named
+        if any(codec.name == name and codec.numeric for codec in CODECS.values())
+    ]
+
+
+def _is_lossy(name: str) -> bool:
+    return any(codec.name == name and codec.fidelity for codec in CODECS.values())
+
+
+def _loses(name: str, mend: str) -> str:
+    exact = _one_of([codec.name for codec in CODECS.values() if not codec.fidelity])
+    return f"{name} loses information, and {mend.format(exact)}"
+
+
+def _one_of(names: list[str]) -> str:
+    return " or ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)

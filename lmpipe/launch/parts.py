@@ -9,7 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from lmpipe.codecs import CODECS, codec_named
+from lmpipe.books import LayoutBook, NamespaceBook
+from lmpipe.codecs import CODECS
+from lmpipe.codecs.choice import Choice
 from lmpipe.handles import Tier
 from lmpipe.index import IndexReader, IndexWriter
 from lmpipe.shm.descriptor import SegmentKind
@@ -82,8 +84,10 @@ class Parts:
 
     def _compress(self, context: Context) -> Stage:
         below = [tier for tier in self._topology.tier_names if tier is not Tier.DRAM]
-        codec = codec_named(self._topology.codec)
-        return Compress(context, codec, CODECS, self._arena, self._ring("compress"), self._sources, below)
+        ring = self._ring("compress")
+        return Compress(
+            context, self._choice.below, self._layouts.find, CODECS, self._arena, ring, self._sources, below
+        )
 
     def _persist(self, context: Context) -> Stage:
         settings = self._topology.tiers.ssd
@@ -100,6 +104,16 @@ class Parts:
         store = open_store(settings.url, settings.timeout_ms / 1000)
         tier = RemoteTier(store, settings.capacity, self._index(Tier.REMOTE))
         return Replicate(context, tier, self._sources, self._landings("replicate"))
+
+    # What chunks are named and encoded by.
+
+    @cached_property
+    def _layouts(self) -> LayoutBook:
+        return LayoutBook(self._paths)
+
+    @cached_property
+    def _choice(self) -> Choice:
+        return Choice(self._topology, NamespaceBook(self._paths).tenant_of)
 
     # Shared memory.
 

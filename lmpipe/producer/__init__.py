@@ -29,9 +29,10 @@ import numpy.typing as npt
 
 from lmpipe import messages as m
 from lmpipe import native
+from lmpipe.books import NamespaceBook
 from lmpipe.errors import LayoutError
 from lmpipe.handles import ChunkRecords, SessionId, Tier
-from lmpipe.keys import Extra, Namespace, Prompt
+from lmpipe.keys import Extra, Namespace, Prompt, namespace_id
 from lmpipe.layout import CHUNK_TOKENS, KVLayout
 from lmpipe.producer.accounts import Accounts, Event
 from lmpipe.producer.admission import Admission
@@ -131,6 +132,8 @@ class Producer:
         """The engine's weights are others from now on: prompts made so far find and save nothing any more."""
         self._root = replace(self._root, weights_epoch=weights_epoch)
         self._set_chunk(self.chunk_tokens)
+        if (attachment := self._link.attachment) is not None:
+            self._enter_namespace(attachment)
 
     # State.
 
@@ -400,11 +403,17 @@ class Producer:
         finally:
             self._link.forget(ref)
 
+    def _enter_namespace(self, attachment: Attachment) -> None:
+        """Tell the node whose chunks these will be, where it makes a difference."""
+        if attachment.info.topology.tenant(self._root.tenant) is not None:
+            NamespaceBook(attachment.info.paths).enter(namespace_id(self.namespace), self._root.tenant)
+
     def _hello(self, attachment: Attachment) -> m.Register:
         if self._configured_chunk is None:
             chunk = self.layout.effective_chunk_tokens(attachment.info.topology.chunk_tokens, self._align)
             if chunk != self.chunk_tokens:
                 self._set_chunk(chunk)
+        self._enter_namespace(attachment)
         return m.Register(
             session=attachment.session.id,
             versions=[VERSION],

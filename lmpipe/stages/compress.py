@@ -5,28 +5,34 @@ ring.
     has answered Load ─▶ remembered, passed on ─▶ Loaded in a ring below ─▶ hold, decode into the arena slot, close ─▶
     Loaded, Release
 
-A chunk that does not shrink goes on raw. Encode and decode run as jobs; decoding overtakes.
+A chunk that does not shrink, that its codec cannot write, or whose layout a codec would have to know and nobody has
+said, goes on raw. What was encoded with a loss says so in its record, also when it is raw again. Encode and decode run
+as jobs; decoding overtakes.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from lmpipe import messages as m
-from lmpipe.codecs import ANY, ChunkCodec
-from lmpipe.errors import LmpipeError, ProtocolViolation
+from lmpipe.codecs import ANY, ChunkCodec, Source
+from lmpipe.errors import CannotEncode, LmpipeError, ProtocolViolation
 from lmpipe.handles import ChunkRecords, Codec, SessionId, Slot, Tier
 from lmpipe.index import index_key
+from lmpipe.layout import KVLayout
 from lmpipe.shm.table import SlotTable
 from lmpipe.stages.base import Context, Peer
 from lmpipe.stages.landing import close_arena, is_leased, open_arena
 from lmpipe.stages.links import Links
 from lmpipe.stages.recalls import Recalls
-from lmpipe.stages.transit import Ring, Sources
+from lmpipe.stages.transit import Reading, Ring, Sources
+
+log = logging.getLogger("lmpipe.compress")
 
 ENCODES_AT_ONCE = 1
 DECODES_AT_ONCE = 2
@@ -34,8 +40,11 @@ QUEUE_CHUNKS = 256
 TICK_S = 1.0
 STAGES = {Tier.SSD: "persist", Tier.REMOTE: "replicate"}
 SEGMENT = "ring.compress"
+REASONS_SAID = 32
+"""Different reasons for not encoding that are logged; all are counted."""
 
-Name = tuple[bytes, int]
+Name = tuple[bytes, int, int]
+"""Index key, shard and fidelity: a more exact chunk of the same key is another one."""
 
 
 @dataclass(slots=True)
@@ -61,21 +70,25 @@ class _Wanted:
 
 
 class Compress:
-    """The stage. `sources` has the arena and the rings below; `tiers` are those that will answer."""
+    """The stage. `codec_of` a namespace id and `layout_of` a layout id say how to encode; `sources` has the arena and
+    the rings below; `tiers` are those that will answer.
+    """
 
     name = "compress"
 
     def __init__(
         self,
         context: Context,
-        codec: ChunkCodec,
+        codec_of: Callable[[int], ChunkCodec],
+        layout_of: Callable[[int], KVLayout | None],
         codecs: Mapping[Codec, ChunkCodec],
         arena: SlotTable,
         ring: Ring,
         sources: Sources,
         tiers: Sequence[Tier],
     ) -> None:
-        self._context, self._codec, self._codecs = context, codec, codecs
+        self._context, self._codecs = context, codecs
+        self._codec_of, self._layout_of = codec_of, layout_of
         self._arena, self._ring, self._sources, self._tiers = arena, ring, sources, tuple(tiers)
         self._links = Links(context)
         self._recalls = Recalls(context, self._links, None)
@@ -85,6 +98,7 @@ class Compress:
         self._wanted: dict[Name, _Wanted] = {}
         self._arrived: deque[tuple[str, np.void, _Wanted]] = deque()
         self._encoding = self._decoding = 0
+        self._said: set[str] = set()
         self._chain = dict(context.chain)
         self._tick_at_s = 0.0
 
@@ -147,52 +161,93 @@ class Compress:
         known = self._by_name.get(_name(record))
         if known is not None:  # asked again while tiers still have it
             self._saves.popleft()
+            self._sent[known].original = record  # it may lie elsewhere by now
             self._send(self._sent[known])
             return True
-        nbytes = int(record["nbytes"])
-        if self._codec.bound(nbytes) > self._ring.slots.capacity_bytes:
+        codec = self._codec_of(int(record["namespace"]))
+        source = self._source(record)
+        if codec.number is Codec.RAW or (codec.numeric and source is ANY):
+            self._saves.popleft()
+            self._pass_on(record, "" if codec.number is Codec.RAW else "unknown_layout_chunks")
+            return True
+        bound = codec.bound(int(record["nbytes"]))
+        if bound > self._ring.slots.capacity_bytes:
             self._saves.popleft()
             self._drop("larger than the ring", record)
             return True
-        found = self._ring.open(self._codec.bound(nbytes))
+        found = self._ring.open(bound)
         if found is None:
             return False
-        slot, into = found
         self._saves.popleft()
         reading = self._sources.take("arena", record.reshape(1))
-        if not len(reading.records):
+        if len(reading.records):
+            self._encode(record, codec, source, reading, *found)
+        else:
             reading.release()
-            self._ring.free(slot)
+            self._ring.free(found[0])
             self._drop("evicted before it was encoded", record)
-            return True
+        return True
+
+    def _source(self, record: np.void) -> Source:
+        layout = self._layout_of(int(record["layout"]))
+        if layout is None:
+            return ANY
+        return Source(layout, layout.tokens_of(int(record["raw_bytes"])), int(record["position"]))
+
+    def _encode(
+        self, record: np.void, codec: ChunkCodec, source: Source, reading: Reading, slot: Slot, into: memoryview
+    ) -> None:
+        nbytes = int(record["nbytes"])
 
         def encode() -> int:
-            return self._codec.encode(reading.payloads[0], into, ANY)
+            return codec.encode(reading.payloads[0], into, source)
 
-        def done(stored: int) -> None:
+        def ended() -> None:
             self._encoding -= 1
             if reading.lost:
                 raise ProtocolViolation("a hold was lost while its chunk was encoded")
             reading.release()
+
+        def done(stored: int) -> None:
+            ended()
             if stored >= nbytes:
                 self._ring.free(slot)
-                self._context.count("passed_chunks")
-                self._links.down("save", m.Save(self._session, 0, "arena", record.reshape(1)))
+                self._pass_on(record, "incompressible_chunks")
                 return
             self._context.count("encoded_chunks")
             self._context.count("encoded_bytes", stored)
             self._context.count("encode_raw_bytes", nbytes)
             encoded = record.copy()
-            encoded["codec"], encoded["nbytes"] = self._codec.number, stored
+            encoded["codec"], encoded["nbytes"] = codec.number, stored
+            encoded["fidelity"] = max(int(record["fidelity"]), codec.fidelity)
             self._ring.publish(slot, encoded)
             sent = _Sent(slot, encoded, record, dict.fromkeys(self._tiers, 0))
             self._sent[slot.place] = sent
             self._by_name[_name(record)] = slot.place
             self._send(sent)
 
+        def failed(error: Exception) -> None:
+            if not isinstance(error, CannotEncode):
+                raise error
+            ended()
+            self._ring.free(slot)
+            self._say(f"{codec.name}: {error}")
+            self._pass_on(record, "unencodable_chunks")
+
         self._encoding += 1
-        self._context.submit(encode, done, _bug, "encode", nbytes=nbytes, chunks=1)
-        return True
+        self._context.submit(encode, done, failed, "encode", nbytes=nbytes, chunks=1)
+
+    def _pass_on(self, record: np.void, reason: str) -> None:
+        """To the tiers below as it is."""
+        self._context.count("passed_chunks")
+        if reason:
+            self._context.count(reason)
+        self._links.down("save", m.Save(self._session, 0, "arena", record.reshape(1)))
+
+    def _say(self, reason: str) -> None:
+        if reason not in self._said and len(self._said) < REASONS_SAID:
+            self._said.add(reason)
+            log.warning("a chunk is stored raw: %s", reason)
 
     def _send(self, sent: _Sent) -> None:
         for tier in self._tiers:
@@ -344,8 +399,4 @@ class Compress:
 
 
 def _name(record: np.void) -> Name:
-    return index_key(record.tobytes()), int(record["shard"])
-
-
-def _bug(error: Exception) -> None:
-    raise error
+    return index_key(record.tobytes()), int(record["shard"]), int(record["fidelity"])

@@ -152,7 +152,7 @@ class Persist:
             batch.append(head.record)
             self._queue.popleft()
         records = _joined(batch)
-        known = np.array([self._tier.find(record) is not None for record in records], bool)
+        known = np.array([self._tier.has(record) for record in records], bool)
         self._persisted(records[known])
         reading = self._sources.take(first.segment, records[~known])
         self._dropped(Tier.SSD, "evicted before it was written", reading.stale)

@@ -96,7 +96,7 @@ class Replicate:
             self._invalidate(head)
             return
         chunk = head.record.reshape(1)
-        if self._tier.find(head.record) is not None:
+        if self._tier.has(head.record):
             self._links.up("save", m.Persisted(self._session, Tier.REMOTE, chunk))
             return
         reading = self._sources.take(head.segment, chunk)

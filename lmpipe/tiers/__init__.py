@@ -9,6 +9,22 @@ import numpy as np
 from lmpipe.errors import LmpipeError
 from lmpipe.handles import CHUNK, ChunkRecords
 
+_SAME = ("shard", "shards", "layout", "codec", "fidelity", "raw_bytes", "nbytes")
+
+
+def is_same(stored: np.void, asked: np.void) -> bool:
+    """Whether a stored record of the same key is the very chunk that is asked for, whose bytes may pass for it."""
+    return all(stored[name] == asked[name] for name in _SAME)
+
+
+def is_as_good(stored: np.void, offered: np.void) -> bool:
+    """Whether a stored record of the same key makes it needless to store the one that is offered: nothing more exact is
+    given up for it, and nothing equal is written again.
+    """
+    if any(stored[name] != offered[name] for name in ("shard", "shards", "layout", "raw_bytes")):
+        return False
+    return bool(stored["fidelity"] < offered["fidelity"]) or is_same(stored, offered)
+
 
 class ChunkGone(LmpipeError):
     """The record names a place that holds the chunk no longer: a miss, and nobody's fault."""

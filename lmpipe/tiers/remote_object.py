@@ -24,7 +24,7 @@ from obstore.store import LocalStore, ObjectStore, from_url
 from lmpipe.errors import FormatError, TopologyError
 from lmpipe.handles import BLOCK_BYTES, ChunkRecords
 from lmpipe.index import IndexWriter, index_key, index_keys, row_records
-from lmpipe.tiers import ChunkGone, Recovered, Stored, TierDown
+from lmpipe.tiers import ChunkGone, Recovered, Stored, TierDown, is_as_good, is_same
 from lmpipe.tiers.breaker import Breaker
 from lmpipe.tiers.format import NO_ID, RecordHeader, chunk_header, digests, piece_lengths
 from lmpipe.tiers.object_name import chunk_prefix, namespace_prefix, object_name, parse_name
@@ -88,8 +88,8 @@ class RemoteTier:
     # ---- save ----
 
     def put(self, record: np.void, payload: memoryview) -> Stored:
-        """Store a chunk, if the index does not have it, and give it its row."""
-        if self.find(record) is not None:
+        """Store a chunk, if the index does not have it as exact, and give it its row."""
+        if self.has(record):
             return Stored(_one(record))
         nbytes = int(record["nbytes"])
         clean = record.copy()
@@ -132,15 +132,16 @@ class RemoteTier:
     # ---- load ----
 
     def find(self, record: np.void) -> np.void | None:
-        """The stored record of the same chunk and shard, if its layout and codec are those asked for."""
+        """The stored record of the same chunk and shard, if it is just what is asked for."""
+        return next((stored for stored in self._rows_of(record) if is_same(stored, record)), None)
+
+    def has(self, record: np.void) -> bool:
+        """Whether what is stored of a chunk and shard is at least as exact as this, so that it need not be written."""
+        return any(is_as_good(stored, record) for stored in self._rows_of(record))
+
+    def _rows_of(self, record: np.void) -> ChunkRecords:
         row = self._index.get(index_key(record.tobytes()))
-        if row is None:
-            return None
-        found = row_records(row)
-        for stored in found[found["shard"] == record["shard"]]:
-            if all(stored[name] == record[name] for name in ("shards", "layout", "codec", "raw_bytes", "nbytes")):
-                return stored
-        return None
+        return record.reshape(1)[:0] if row is None else row_records(row)
 
     def get(self, record: np.void, into: memoryview) -> None:
         """Fetch the payload of a record of `find` into `into`, at least `nbytes` long.

@@ -30,7 +30,7 @@ import numpy.typing as npt
 from lmpipe.errors import FormatError, NodeError
 from lmpipe.handles import BLOCK_BYTES, ChunkRecords, Extent
 from lmpipe.index import IndexWriter, index_key, index_keys, row_records
-from lmpipe.tiers import ChunkGone, Recovered, Stored
+from lmpipe.tiers import ChunkGone, Recovered, Stored, is_as_good, is_same
 from lmpipe.tiers.format import MAX_KEYS, digests, forget_header, piece_lengths, record_blocks
 from lmpipe.tiers.recovery import forget, join, newest, write_rows
 from lmpipe.tiers.segment_file import OpenSegment, segment_path
@@ -244,15 +244,16 @@ class SsdTier:
     # ---- load ----
 
     def find(self, record: np.void) -> np.void | None:
-        """The stored record of the same chunk and shard, if its layout and codec are those asked for."""
+        """The stored record of the same chunk and shard, if it is just what is asked for."""
+        return next((stored for stored in self._rows_of(record) if is_same(stored, record)), None)
+
+    def has(self, record: np.void) -> bool:
+        """Whether what is stored of a chunk and shard is at least as exact as this, so that it need not be written."""
+        return any(is_as_good(stored, record) for stored in self._rows_of(record))
+
+    def _rows_of(self, record: np.void) -> ChunkRecords:
         row = self._index.get(index_key(record.tobytes()))
-        if row is None:
-            return None
-        found = row_records(row)
-        for stored in found[found["shard"] == record["shard"]]:
-            if all(stored[name] == record[name] for name in ("shards", "layout", "codec", "raw_bytes", "nbytes")):
-                return stored
-        return None
+        return record.reshape(1)[:0] if row is None else row_records(row)
 
     def read(self, record: np.void, into: memoryview) -> None:
         """Read the payload of a record of `find` into `into`, page-aligned and at least `nbytes` long.

@@ -57,8 +57,8 @@ def test_codecs_that_compute_with_numbers_are_refused_for_opaque_pages_only(monk
     monkeypatch.setitem(CODECS, Codec.ZSTD, Numbers())
     assert found("false", ssd % "zstd", remote % "zstd") == found("true", ssd % "raw", remote % "raw") == []
     wrong = found("true", ssd % "zstd", remote % "zstd")
-    problem = "zstd computes with the numbers in a page, whose order is unknown where pages are opaque; choose raw for"
-    assert wrong == [f"f.yaml:{5 + at}: tiers.{t}.codec: {problem} this tier" for at, t in enumerate(("ssd", "remote"))]
+    problem = "zstd computes with the numbers in a page, whose order is unknown where pages are opaque; choose raw here"
+    assert wrong == [f"f.yaml:{5 + at}: tiers.{t}.codec: {problem}" for at, t in enumerate(("ssd", "remote"))]
     assert "unknown codec" in found("true", ssd % "zzz", remote % "zstd")[0], "which another check refuses"
 
 

@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 
 from lmpipe.bus import Channel, Peer
-from lmpipe.codecs import CODECS, codec_named
+from lmpipe.codecs import CODECS, ChunkCodec, codec_named
 from lmpipe.handles import CHUNK, ChunkRecords, Codec, SessionId, Slot, Tier
 from lmpipe.index import IndexWriter
+from lmpipe.layout import KVLayout
 from lmpipe.lifecycle import SlotEvent
 from lmpipe.messages import Load, Message, Save
 from lmpipe.shm.hold import Holds, HoldScanner
@@ -121,7 +122,7 @@ class Seat:
 
 
 class Chain:
-    """The stages of `names`, first to last, over one arena."""
+    """The stages of `names`, first to last, over one arena. `own`: codecs of namespaces; `layout`: of all chunks."""
 
     def __init__(
         self,
@@ -130,12 +131,15 @@ class Chain:
         names: list[str],
         *,
         codec: str = "raw",
+        own: Mapping[int, ChunkCodec] | None = None,
+        layout: KVLayout | None = None,
         flush: FlushPolicy = "each",
         ring_bytes: int = 2 * MIB,
         ssd_bytes: int = 64 * MIB,
     ) -> None:
         self.root, self.run_dir, self.names = root, run_dir, names
         self._codec, self._flush, self._ssd_bytes = codec, flush, ssd_bytes
+        self._own, self._layout = own or {}, layout
         self.now_s = 1000.0
         self.heard: list[Message] = []
         self.node = NodeWords.create(run_dir / "node.shm")
@@ -169,7 +173,9 @@ class Chain:
         if name == "compress":
             assert ring is not None
             tiers = [tier for tier, stage in ((Tier.SSD, "persist"), (Tier.REMOTE, "replicate")) if stage in self.names]
-            seat.stage = Compress(seat, codec_named(self._codec), CODECS, self.arena, ring, sources, tiers)
+            seat.stage = Compress(
+                seat, self._codec_of, lambda _: self._layout, CODECS, self.arena, ring, sources, tiers
+            )
         elif name == "persist":
             index = IndexWriter(self.run_dir, Tier.SSD, MIB, self.node)
             undo.callback(index.close)
@@ -184,6 +190,9 @@ class Chain:
             self.tiers[name] = remote
             seat.stage = Replicate(seat, remote, sources, landings)
         self._tell_above(name)
+
+    def _codec_of(self, namespace: int) -> ChunkCodec:
+        return self._own.get(namespace, codec_named(self._codec))
 
     def stop(self, name: str) -> None:
         """The stage's life ends, orderly for its files, abruptly for its neighbours."""
@@ -235,13 +244,16 @@ class Chain:
         heard, self.heard = self.heard, []
         return heard
 
-    def committed(self, count: int, nbytes: int, *, seed: int = 0, namespace: int = 7) -> ChunkRecords:
+    def committed(
+        self, count: int, nbytes: int, *, seed: int = 0, namespace: int = 7, fidelity: int = 0, position: int = 0
+    ) -> ChunkRecords:
         """Chunks in the arena, as gather has them after a save."""
         records = np.zeros(count, CHUNK)
         noise = np.random.default_rng(seed).integers(0, 256, (count, 16), np.uint8)
         records["key"], records["shards"] = noise.view("V16").reshape(-1), 1
         records["raw_bytes"] = records["nbytes"] = nbytes
         records["namespace"], records["layout"], records["saved_at"] = namespace, 11, 1_700_000_000
+        records["fidelity"], records["position"] = fidelity, np.arange(position, position + count)
         for at in range(count):
             slot = self.arena.lease(nbytes, GATHER)
             assert slot is not None

@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 from chain import GATHER, MIB, Chain, a_chain, keys, of
 
-from lmpipe.handles import Codec, Slot, Tier
+from lmpipe.codecs import Source, codec_named
+from lmpipe.errors import CannotEncode
+from lmpipe.handles import ChunkRecords, Codec, Fidelity, Slot, Tier
+from lmpipe.layout import KVLayout
 from lmpipe.lifecycle import SlotEvent, SlotState
-from lmpipe.messages import Invalidate, Invalidated, Loaded, LoadFailed, Persisted, SaveDropped, no_chunks
+from lmpipe.messages import Invalidate, Invalidated, Loaded, LoadFailed, Message, Persisted, SaveDropped, no_chunks
 from lmpipe.shm.hold import Holds
 from lmpipe.shm.session import Session
 
@@ -192,3 +195,99 @@ def test_damage_in_transit_fails_the_load(chain: Chain, monkeypatch: pytest.Monk
     assert "zstd" in failed.reason and chain.arena.state(int(asked["place"][0]) >> 32)[1] is SlotState.WRITING
     assert ring.used_bytes == 0
     assert not chain.arena.advance(Slot.from_place(int(asked["place"][0])), SlotEvent.COMMIT)
+
+
+class Coarse:
+    """A codec that keeps the first half of a chunk, needs a layout for it, and refuses what begins with 255."""
+
+    number, name, fidelity, numeric = Codec.FP8, "coarse", Fidelity.FP8, True
+
+    def __init__(self) -> None:
+        self.sources: list[Source] = []
+
+    def bound(self, raw_bytes: int) -> int:
+        return raw_bytes // 2
+
+    def encode(self, src: memoryview, dst: memoryview, source: Source) -> int:
+        self.sources.append(source)
+        if src[0] == 255:
+            raise CannotEncode("not a number")
+        half = len(src) // 2
+        dst[:half] = src[:half]
+        return half
+
+    def decode(self, src: memoryview, dst: memoryview) -> None:
+        dst[:] = bytes(src) * 2
+
+
+LAYOUT = KVLayout.paged(2, 1, 64, "bfloat16", 16)
+CHUNK_BYTES = LAYOUT.chunk_bytes(32)
+
+
+def test_an_encoder_is_told_the_layout_and_the_position_and_its_loss_is_recorded(tmp_path: Path) -> None:
+    codec = Coarse()
+    with a_chain(tmp_path, ALL, codec="zstd", own={7: codec}, layout=LAYOUT) as chain:
+        records = chain.committed(2, CHUNK_BYTES, position=5)
+        chain.save(records)
+        chain.run()
+        assert codec.sources == [Source(LAYOUT, 32, 5), Source(LAYOUT, 32, 6)]
+        for stage in ("persist", "replicate"):
+            stored = chain.stored(stage, records)
+            assert (stored["codec"] == Codec.FP8).all() and (stored["fidelity"] == Fidelity.FP8).all()
+        worse = chain.committed(1, CHUNK_BYTES, seed=1, fidelity=Fidelity.ADAPTIVE)
+        chain.save(worse)
+        chain.run()
+        assert chain.stored("persist", worse)["fidelity"].tolist() == [Fidelity.ADAPTIVE], "what it was computed on"
+
+
+@pytest.mark.parametrize("why", ["no layout", "not a number"])
+def test_what_a_codec_cannot_write_goes_on_raw_and_exact(tmp_path: Path, why: str) -> None:
+    with a_chain(
+        tmp_path, ALL, codec="zstd", own={7: Coarse()}, layout=LAYOUT if why != "no layout" else None
+    ) as chain:
+        records = chain.committed(1, CHUNK_BYTES)
+        chain.arena.payload(int(records["place"][0]) >> 32, 1)[0] = 255
+        chain.save(records)
+        heard = chain.run()
+        assert {message.tier for message in of(heard, Persisted)} == {Tier.SSD, Tier.REMOTE}
+        stored = chain.stored("persist", records)
+        assert (int(stored["codec"][0]), int(stored["fidelity"][0])) == (Codec.RAW, Fidelity.EXACT)
+        counts = chain.seats["compress"].counts
+        reason = "unknown_layout_chunks" if why == "no layout" else "unencodable_chunks"
+        assert counts[reason] == counts["passed_chunks"] == 1 and in_use(chain, "compress") == 0
+
+
+def test_a_tenant_has_a_codec_of_its_own(tmp_path: Path) -> None:
+    with a_chain(tmp_path, ALL, codec="zstd", own={8: codec_named("raw")}) as chain:
+        ours, theirs = chain.committed(1, 50_000), chain.committed(1, 50_000, seed=1, namespace=8)
+        chain.save(ours)
+        chain.save(theirs)
+        chain.run()
+        assert int(chain.stored("persist", ours)["codec"][0]) == Codec.ZSTD
+        assert int(chain.stored("persist", theirs)["codec"][0]) == Codec.RAW
+        counts = chain.seats["compress"].counts
+        assert (counts["encoded_chunks"], counts["passed_chunks"]) == (1, 1)
+
+
+@pytest.mark.parametrize("codec", ["raw", "zstd"])
+def test_a_more_exact_chunk_takes_the_place_of_a_less_exact_one_and_never_the_other_way(
+    tmp_path: Path, codec: str
+) -> None:
+    stages = ALL if codec != "raw" else ALL[1:]
+    with a_chain(tmp_path, stages, codec=codec) as chain:
+        for fidelity, kept in ((200, 200), (0, 0), (200, 0), (100, 0)):
+            records = chain.committed(1, 50_000, fidelity=fidelity)
+            chain.save(records)
+            assert {message.tier for message in of(chain.run(), Persisted)} == {Tier.SSD, Tier.REMOTE}
+            for stage in ("persist", "replicate"):
+                assert chain.stored(stage, records)["fidelity"].tolist() == [kept]
+        exact = chain.stored("persist", records)
+        stale = exact.copy()
+        stale["fidelity"] = 200
+        assert len(of(chain_load(chain, stale), LoadFailed)) == 1, "what is there is another chunk than was asked for"
+        assert len(of(chain_load(chain, exact), Loaded)) == 1
+
+
+def chain_load(chain: Chain, stored: ChunkRecords) -> list[Message]:
+    chain.load(stored)
+    return chain.run()
