@@ -2,6 +2,7 @@
 
 try:
     from lmpipe.native._native import (  # pyright: ignore[reportMissingModuleSource]
+        MAX_HEAD_DIM,
         Copier,
         Headers,
         HoldTable,
@@ -12,7 +13,13 @@ try:
         chain_keys,
         features,
         fence,
+        fp8_decode,
+        fp8_encode,
         populate,
+        rotated_decode,
+        rotated_encode,
+        split_decode,
+        split_encode,
         xxh3_128,
         xxh3_128_pieces,
     )
@@ -25,6 +32,7 @@ except ImportError as error:
     ) from error
 
 __all__ = [
+    "MAX_HEAD_DIM",
     "Copier",
     "Headers",
     "HoldTable",
@@ -35,7 +43,13 @@ __all__ = [
     "chain_keys",
     "features",
     "fence",
+    "fp8_decode",
+    "fp8_encode",
     "populate",
+    "rotated_decode",
+    "rotated_encode",
+    "split_decode",
+    "split_encode",
     "xxh3_128",
     "xxh3_128_pieces",
 ]

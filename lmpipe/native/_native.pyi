@@ -25,6 +25,15 @@ def xxh3_128_pieces(data: Buffer, piece_bytes: NDArray[np.uint64]) -> NDArray[np
     `piece_bytes` has shape (n,), the result (n, 16). ValueError if the pieces run past the data.
     """
 
+def split_encode(src: Buffer, dst: Buffer, dtype: int) -> int:
+    """Codec `split` without its header: table, body and tail into `dst`; bytes written.
+
+    `dtype`: 1 bf16, 2 fp16, 3 fp32. ValueError if `dst` is too short, or `src` has 4 GiB or more.
+    """
+
+def split_decode(src: Buffer, dst: Buffer, dtype: int) -> str:
+    """The inverse: fills `dst`. Returns what is wrong with `src`, "" where nothing is; `dst` may be partly written."""
+
 class Words:
     """`count` 64-bit words in a buffer, from an 8-byte aligned place on, shared with other threads and processes.
 
@@ -166,6 +175,30 @@ class Copier:
 
     def memcpy(self, dst: Region, dst_offset: int, src: Region, src_offset: int, nbytes: int) -> None:
         """The C library's memcpy with the range shared out equally: what copies are measured against."""
+
+MAX_HEAD_DIM: int
+"""Numbers of a vector that codecs of vectors take at most."""
+
+def fp8_encode(src: Buffer, dtype: int, dim: int, dst: Buffer) -> bool:
+    """Body of an `fp8` chunk: an exponent for each vector, then a code for each number.
+
+    `src` is vectors of `dim` numbers; `dtype` as headers have it (1 bf16, 2 fp16, 3 fp32). False if a number is NaN or
+    infinite. ValueError if `src` is not whole vectors or `dst` of another length. Large ones run without the
+    interpreter lock, here and below.
+    """
+
+def fp8_decode(src: Buffer, dtype: int, dim: int, dst: Buffer) -> bool:
+    """The inverse; False if an exponent is damaged."""
+
+def rotated_encode(src: Buffer, dtype: int, dim: int, bits: NDArray[np.uint8], dst: Buffer) -> bool:
+    """Body of an `int4h` or `adaptive` chunk: fp16 scales, fp16 minima, bit planes.
+
+    `bits` has shape (vectors,), 1 to 8 each. False if a number is NaN or infinite, or a minimum or scale does not fit
+    fp16. ValueError as above.
+    """
+
+def rotated_decode(src: Buffer, dtype: int, dim: int, bits: NDArray[np.uint8], dst: Buffer) -> bool:
+    """The inverse; False if a scale or minimum is damaged."""
 
 def features() -> dict[str, str | bool]:
     """What this build and this CPU use: `level`, `levels` (all that can run), `blake3`, `copy`, `compiler`, ..."""

@@ -13,17 +13,6 @@ namespace {
 
 constexpr size_t BLAKE3_BYTES = 32, KEY_BYTES = 16, XXH3_BYTES = 16;
 
-// Runs `work` without the interpreter lock if there are enough bytes in it to be worth it.
-template <typename Work>
-void run_freed(uint64_t bytes, Work &&work) {
-    if (bytes < GIL_FREE_BYTES) {
-        work();
-        return;
-    }
-    nb::gil_scoped_release free;
-    work();
-}
-
 NewDigests blake3_many(nb::object data, uint64_t item_bytes) {
     const Region region = Region::of_buffer(data, "data");
     if (item_bytes == 0 ? region.nbytes() != 0 : region.nbytes() % item_bytes != 0) {

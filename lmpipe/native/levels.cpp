@@ -10,12 +10,23 @@ namespace {
 
 #define LMPIPE_TABLE(level)                                                                              \
     Kernels{#level,                 level::blake3_lanes,   level::copy_stores, level::blake3_many,       \
-            level::blake3_chain,    level::xxh3_accumulate, level::copy_runs,  level::store_fence}
+            level::blake3_chain,    level::xxh3_accumulate, level::copy_runs,  level::store_fence,       \
+            level::split_encode,    level::split_decode,   level::fp8_encode,  level::fp8_decode,        \
+            level::rotated_encode,  level::rotated_decode}
 
 const Kernels generic_table = LMPIPE_TABLE(generic);
 #ifdef LMPIPE_X86_LEVELS
 const Kernels avx2_table = LMPIPE_TABLE(avx2);
 const Kernels avx512_table = LMPIPE_TABLE(avx512);
+
+Kernels with_vbmi2(Kernels table) {
+    table.name = "avx512vbmi2";
+    table.split_encode = avx512vbmi2::split_encode;
+    table.split_decode = avx512vbmi2::split_decode;
+    return table;
+}
+
+const Kernels avx512vbmi2_table = with_vbmi2(avx512_table);
 
 // The levels are compiled for x86-64-v3 and -v4, so all that those promise has to be there (and saved by the operating
 // system, which __builtin_cpu_supports looks at as well). clang before 17 cannot ask for F16C, LZCNT and MOVBE; no CPU
@@ -29,6 +40,10 @@ bool runs_avx512() {
     return runs_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl");
+}
+
+bool runs_avx512vbmi2() {
+    return runs_avx512() && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2");
 }
 #endif
 
@@ -51,6 +66,7 @@ size_t usable_levels(const Kernels *out[4]) {
     __builtin_cpu_init();
     if (runs_avx2()) out[n++] = &avx2_table;
     if (runs_avx512()) out[n++] = &avx512_table;
+    if (runs_avx512vbmi2()) out[n++] = &avx512vbmi2_table;
 #endif
     return n;
 }

@@ -54,6 +54,8 @@ NB_MODULE(_native, m) {
     lmpipe::bind_words(m);
     lmpipe::bind_holds(m);
     lmpipe::bind_copier(m);
+    lmpipe::bind_split(m);
+    lmpipe::bind_vectors(m);
     m.def("features", &lmpipe::features);
     m.def("_set_level", &lmpipe::choose_level, nb::arg("name"));
 }

@@ -15,6 +15,14 @@ namespace nb = nanobind;
 // back from a busy Python thread takes up to a switch interval, 5 ms.
 constexpr uint64_t GIL_FREE_BYTES = 1 << 20;
 
+// Runs `work` without the interpreter lock if there are enough bytes in it to be worth it.
+template <typename Work>
+auto run_freed(uint64_t bytes, Work &&work) {
+    if (bytes < GIL_FREE_BYTES) return work();
+    nb::gil_scoped_release free;
+    return work();
+}
+
 // Copies share the owner. The last one has to die with the interpreter lock held, as Python objects that hold it do.
 class Region {
    public:
@@ -48,5 +56,7 @@ void bind_hash(nb::module_ &m);
 void bind_words(nb::module_ &m);
 void bind_holds(nb::module_ &m);
 void bind_copier(nb::module_ &m);
+void bind_split(nb::module_ &m);
+void bind_vectors(nb::module_ &m);
 
 }  // namespace lmpipe
