@@ -1,4 +1,6 @@
-"""The leak check: a test that leaves a process, a thread, a shared-memory file or a socket behind fails.
+"""What all tests share: a run per instruction-set level for those that ask for it, and the leak check.
+
+A test that leaves a process, a thread, a shared-memory file or a socket behind fails.
 
 It runs first and ends last of a test's own fixtures; what fixtures of a wider scope made is there before it looks.
 Other test runs may share the machine: processes are ours by an environment variable that they all inherit, files in
@@ -19,6 +21,11 @@ from pathlib import Path
 
 import pytest
 
+from lmpipe import native
+from lmpipe.native import _native
+
+LEVELS = str(native.features()["levels"]).split()
+
 GRACE_S = 3.0
 """How long what is on its way out may take."""
 
@@ -28,6 +35,14 @@ os.environ["LMPIPE_TEST_RUN"] = _RUN
 
 # Python's own helpers live as long as the process that started them.
 _HELPERS = (b"multiprocessing.resource_tracker", b"multiprocessing.forkserver")
+
+
+@pytest.fixture(params=LEVELS)
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test once per instruction-set level that this CPU has."""
+    _native._set_level(request.param)
+    yield request.param
+    _native._set_level(LEVELS[-1])
 
 
 @pytest.fixture(autouse=True)
