@@ -102,7 +102,7 @@ def _none(_: Topology) -> list[tuple[str, str]]:
 def load(path: Path | str, also: Conflicts = _none) -> Topology:
     """The topology in the file `path`. Raises TopologyError: all problems, each with file, line, path and mend.
 
-    `also` finds what this file does not know of: `codecs.conflicts`.
+    `also` finds what this file does not know of: `codecs.checks.conflicts`.
     """
     path = Path(path)
     try:

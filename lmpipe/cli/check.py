@@ -10,10 +10,10 @@ from pathlib import Path
 
 import msgspec
 
-from lmpipe import codecs
 from lmpipe import topology as tp
 from lmpipe.cli.nodes import Subparsers, add_verb
 from lmpipe.cli.picture import draw, size
+from lmpipe.codecs.checks import conflicts
 from lmpipe.rundir import RunDir
 from lmpipe.topology import Topology
 
@@ -33,7 +33,7 @@ def add(verbs: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit status 0: right, warnings or not; 2: wrong."""
-    topology = tp.load(args.file, codecs.conflicts)
+    topology = tp.load(args.file, conflicts)
     warnings = warnings_of(topology)
     if args.json:
         print(json.dumps({"topology": msgspec.to_builtins(topology), "warnings": warnings}, indent=2))

@@ -10,9 +10,9 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from lmpipe import codecs
 from lmpipe import topology as tp
 from lmpipe.cli.nodes import Subparsers, add_verb
+from lmpipe.codecs.checks import conflicts
 from lmpipe.errors import LmpipeError
 from lmpipe.launch.node import run_node
 from lmpipe.rundir import RunDir
@@ -38,7 +38,7 @@ def add(verbs: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit status 0 after an orderly stop (or, detached, when ready)."""
-    topology = tp.load(args.file, codecs.conflicts)
+    topology = tp.load(args.file, conflicts)
     if args.detach:
         return _detach(args, RunDir(Path(topology.run_dir)))
     say = Speaker(json_lines=args.json)

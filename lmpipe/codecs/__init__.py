@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from lmpipe.codecs.adaptive import AdaptiveCodec
+from lmpipe.codecs.fp8 import Fp8Codec
+from lmpipe.codecs.int4h import Int4hCodec
 from lmpipe.codecs.raw import RawCodec
 from lmpipe.codecs.source import ANY as ANY
 from lmpipe.codecs.source import Source as Source
+from lmpipe.codecs.split import SplitCodec
 from lmpipe.codecs.zstd import ZstdCodec
 from lmpipe.handles import Codec, Fidelity
-from lmpipe.settings import Tiers, Topology
 
 
 class ChunkCodec(Protocol):
@@ -60,7 +63,9 @@ class ChunkCodec(Protocol):
         ...
 
 
-CODECS: dict[Codec, ChunkCodec] = {codec.number: codec for codec in (RawCodec(), ZstdCodec())}
+CODECS: dict[Codec, ChunkCodec] = {
+    codec.number: codec for codec in (RawCodec(), ZstdCodec(), SplitCodec(), Fp8Codec(), Int4hCodec(), AdaptiveCodec())
+}
 
 
 def codec_named(name: str) -> ChunkCodec:
@@ -70,58 +75,3 @@ def codec_named(name: str) -> ChunkCodec:
         KeyError: there is none of that name.
     """
     return {codec.name: codec for codec in CODECS.values()}[name]
-
-
-def misfits(tiers: Tiers, *, opaque: bool) -> list[tuple[str, str]]:
-    """(path in the topology, problem and mend) of each tier whose codec cannot take the chunks of an engine.
-
-    Args:
-        opaque: whether the order inside the engine's pages is unknown (`KVLayout.opaque_page_bytes`).
-    """
-    return _numeric(tiers.codec_names) if opaque else []
-
-
-def conflicts(topology: Topology) -> list[tuple[str, str]]:
-    """Codecs that what the topology says of its engines and tenants does not allow; for `topology.load`."""
-    found = _numeric(topology.codec_names) if topology.engines.opaque_pages else []
-    if topology.engines.exact:
-        mend = "engines.exact is true: choose {} here, or let exact be true for those tenants only that need it"
-        found += [(path, _loses(name, mend)) for path, name in topology.codec_names if _is_lossy(name)]
-        return found
-    for i, tenant in enumerate(topology.tenants):
-        if not tenant.exact:
-            continue
-        if tenant.codec:
-            named, path = [("its codec", tenant.codec)], f"tenants[{i}].codec"
-        else:
-            named, path = topology.tiers.codec_names, f"tenants[{i}].exact"
-        for where, name in named:
-            if _is_lossy(name):
-                found.append((path, _loses(name, f"the tenant is exact ({where}): give it {{}} as a codec of its own")))
-    return found
-
-
-def _numeric(named: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    bytewise = _one_of([codec.name for codec in CODECS.values() if not codec.numeric])
-    return [
-        (
-            path,
-            f"{name} computes with the numbers in a page, whose order is unknown where pages are opaque; choose"
-            f" {bytewise} here",
-        )
-        for path, name in named
-        if any(codec.name == name and codec.numeric for codec in CODECS.values())
-    ]
-
-
-def _is_lossy(name: str) -> bool:
-    return any(codec.name == name and codec.fidelity for codec in CODECS.values())
-
-
-def _loses(name: str, mend: str) -> str:
-    exact = _one_of([codec.name for codec in CODECS.values() if not codec.fidelity])
-    return f"{name} loses information, and {mend.format(exact)}"
-
-
-def _one_of(names: list[str]) -> str:
-    return " or ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
-from lmpipe.codecs import ChunkCodec, codec_named
+from lmpipe.codecs import ChunkCodec, calibration, codec_named
+from lmpipe.codecs.adaptive import AdaptiveCodec
+from lmpipe.codecs.int4h import Int4hCodec
+from lmpipe.errors import NodeError
 from lmpipe.settings import Topology
 
 
@@ -13,7 +17,20 @@ def configured(topology: Topology, name: str) -> ChunkCodec:
 
     Raises:
         KeyError: there is none of that name.
+        NodeError: no calibration file is named, or it cannot be read.
+        FormatError: what is named is no calibration file.
     """
+    settings = topology.codecs
+    if name == "int4h":
+        return Int4hCodec(settings.int4h.sink_tokens, settings.int4h.edge_layers)
+    if name == "adaptive":
+        path = settings.adaptive.calibration
+        if not path:
+            raise NodeError("adaptive needs the file that `lmpipe calibrate MODEL` writes: name it here")
+        try:
+            return AdaptiveCodec(calibration.read(Path(path)))
+        except OSError as error:
+            raise NodeError(f"{path}: {error.strerror}; `lmpipe calibrate MODEL` writes such a file") from None
     return codec_named(name)
 
 

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmpipe.codecs import ANY, CODECS, ChunkCodec, codec_named, conflicts
+from lmpipe.codecs import ANY, CODECS, ChunkCodec, codec_named
+from lmpipe.codecs.checks import conflicts
 from lmpipe.codecs.zstd import ZstdCodec
 from lmpipe.errors import FormatError, TopologyError
 from lmpipe.handles import Codec, Fidelity
@@ -57,7 +58,7 @@ def test_codecs_that_compute_with_numbers_are_refused_for_opaque_pages_only(monk
     monkeypatch.setitem(CODECS, Codec.ZSTD, Numbers())
     assert found("false", ssd % "zstd", remote % "zstd") == found("true", ssd % "raw", remote % "raw") == []
     wrong = found("true", ssd % "zstd", remote % "zstd")
-    problem = "zstd computes with the numbers in a page, whose order is unknown where pages are opaque; choose raw here"
+    problem = "zstd computes with the numbers in a page, whose order is unknown where pages are opaque; choose raw or split here"
     assert wrong == [f"f.yaml:{5 + at}: tiers.{t}.codec: {problem}" for at, t in enumerate(("ssd", "remote"))]
     assert "unknown codec" in found("true", ssd % "zzz", remote % "zstd")[0], "which another check refuses"
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from lmpipe import messages as m
 from lmpipe import native
-from lmpipe.codecs import misfits
+from lmpipe.codecs.checks import misfits
 from lmpipe.errors import LayoutError, SegmentError
 from lmpipe.handles import SessionId, Slot
 from lmpipe.lifecycle import SlotState
