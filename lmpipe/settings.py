@@ -48,7 +48,7 @@ class SsdTier(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     flush: Literal["none", "interval", "each"] = "interval"
     flush_interval_ms: Milliseconds = 200
     segment: Size = 1 << 30
-    codec: str = "raw"
+    codec: str = "split"
 
 
 class RemoteTier(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -57,7 +57,7 @@ class RemoteTier(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     url: str
     capacity: Size
     timeout_ms: Milliseconds = 2000
-    codec: str = "raw"
+    codec: str = "split"
 
 
 class Tiers(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -40,14 +40,20 @@ STEP_S = 0.01
 
 
 def small_topology(run_dir: Path, directory: Path) -> dict[str, Any]:
-    """DRAM and an SSD tier, sized for tests; `directory` takes the SSD tier's files."""
+    """DRAM and an SSD tier that keeps chunks raw, sized for tests; `directory` takes the SSD tier's files."""
     return {
         "name": "test",
         "run_dir": str(run_dir),
         "chunk_tokens": 16,
         "tiers": {
             "dram": {"capacity": "32MiB", "slots": 2048},
-            "ssd": {"directory": str(directory / "ssd"), "capacity": "64MiB", "segment": "8MiB", "flush": "each"},
+            "ssd": {
+                "directory": str(directory / "ssd"),
+                "capacity": "64MiB",
+                "segment": "8MiB",
+                "flush": "each",
+                "codec": "raw",
+            },
         },
         "rings": {"compress": "8MiB", "persist": "8MiB", "replicate": "8MiB"},
         "index": {"dram": "4MiB", "ssd": "4MiB", "remote": "4MiB"},

@@ -53,10 +53,11 @@ def test_defaults() -> None:
 def test_stages_follow_the_tiers() -> None:
     tiers = "dram: {capacity: 1GiB}, ssd: {directory: d, capacity: 2GiB%s}, remote: {url: file:///r, capacity: 1GiB%s}"
     text = f"name: a\ntiers: {{{tiers}}}\n"
-    raw, encoded = parse(text % ("", "")), parse(text % (", codec: zstd", ", codec: zstd"))
+    raw, encoded = parse(text % (", codec: raw", ", codec: raw")), parse(text % ("", ""))
     assert raw.stages == ("gather", "persist", "replicate")
     assert encoded.stages == ("gather", "compress", "persist", "replicate")
     assert encoded.rings_needed == ("compress", "persist", "replicate")
+    assert encoded.codec == "split" and encoded.tiers.dram.codec == "raw", "lossless below DRAM, and only there"
     assert raw.tiers.ssd is not None and raw.tiers.ssd.directory == "/base/d"
     assert encoded.process_of("persist").name == "persist"
 
@@ -175,7 +176,7 @@ DRAM = "dram: {capacity: 1GiB}"
         (DRAM + ", remote: {url: 'file:', capacity: 1GiB}", "s3://bucket/prefix is wanted"),
         (
             DRAM + ", ssd: {directory: d, capacity: 2GiB}, remote: {url: s3://b, capacity: 1GiB, codec: zstd}",
-            "tiers.remote.codec: must be that of tiers.ssd (raw)",
+            "tiers.remote.codec: must be that of tiers.ssd (split)",
         ),
     ],
 )
