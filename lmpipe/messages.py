@@ -344,6 +344,28 @@ class Invalidated(Message):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Recode(Message):
+    """Store the chunks of a namespace (0: all) that lie in DRAM by another codec, where that can be done."""
+
+    ref: _Id
+    codec: _Word
+    namespace: Annotated[int, Meta(ge=0)] = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Recoded(Message):
+    """So many chunks are of that codec now that were not before, and the bytes they took and take. `left`: how many
+    stay as they were, by reason.
+    """
+
+    ref: _Id
+    recoded: _Id
+    before_bytes: _Id
+    after_bytes: _Id
+    left: Annotated[dict[_Reason, _Id], Meta(max_length=64)]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Release(Message):
     """The sender needs these slots no more."""
 
@@ -416,6 +438,8 @@ TYPES: Sequence[type[Message]] = (
     Pinned,
     Invalidate,
     Invalidated,
+    Recode,
+    Recoded,
     Release,
     Credit,
     Evicted,
@@ -440,7 +464,7 @@ def _check_save(message: Save) -> None:
         raise MessageError("page_ids", "a page id is negative")
 
 
-def _check_invalidate(message: Invalidate) -> None:
+def _check_namespace(message: Invalidate | Recode) -> None:
     if message.namespace >= 2**64:
         raise MessageError("namespace", "does not fit 64 bits")
 
@@ -453,7 +477,8 @@ def _check_pong(message: Pong) -> None:
 _CHECKS: dict[type[Message], Callable[[Any], None]] = {
     Register: _check_register,
     Save: _check_save,
-    Invalidate: _check_invalidate,
+    Invalidate: _check_namespace,
+    Recode: _check_namespace,
     Pong: _check_pong,
 }
 _WIRE: Wire[Message] = Wire(TYPES, _CHECKS)

@@ -37,10 +37,17 @@ STAGE_COUNTERS: dict[str, dict[str, str]] = {
         "promoted_chunks": "Chunks brought up from below",
         "load_failed_chunks": "Chunks asked for that did not come",
         "evicted_chunks": "Chunks evicted from DRAM",
+        "encoded_chunks": "Chunks in DRAM that were encoded",
+        "encode_raw_bytes": "Bytes of these before",
+        "encoded_bytes": "Bytes of these after",
+        "decoded_chunks": "Chunks in DRAM that were decoded, by order",
+        "left_chunks": "Chunks in DRAM that no codec could make smaller",
         "unexpected_messages": "Messages that nobody here waits for",
         "dram_used_bytes": "Bytes of the arena in use",
         "dram_capacity_bytes": "Bytes of the arena",
         "dram_rows": "Rows of the DRAM index",
+        "dram_encoded_chunks": "Chunks that lie encoded in DRAM",
+        "dram_saved_bytes": "Bytes that they would take more if they were raw",
         "unpersisted_rows": "Rows that a tier below has still to take",
         "producers": "Engines registered",
     },
@@ -117,7 +124,15 @@ _PRODUCER = {
 }
 PRODUCER_COUNTERS = tuple(_PRODUCER)
 _LEVELS = ("rows", "used_bytes", "capacity_bytes", "read_only", "store_down", "ring_used_bytes", "ring_capacity_bytes")
-_DRAM_LEVELS = ("dram_used_bytes", "dram_capacity_bytes", "dram_rows", "unpersisted_rows", "producers")
+_DRAM_LEVELS = (
+    "dram_used_bytes",
+    "dram_capacity_bytes",
+    "dram_rows",
+    "dram_encoded_chunks",
+    "dram_saved_bytes",
+    "unpersisted_rows",
+    "producers",
+)
 GAUGES = frozenset(
     f"{stage}_{name}"
     for stage, table in STAGE_COUNTERS.items()

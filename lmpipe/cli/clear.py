@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import secrets
-import time
 
-from lmpipe.bus import Client, Poller
+from lmpipe.cli.asking import REF, ask, new_session
 from lmpipe.cli.lookup import namespace_of
 from lmpipe.cli.nodes import Subparsers, add_node_arguments, add_verb, node_of
 from lmpipe.errors import NodeError
-from lmpipe.handles import SessionId, Tier
+from lmpipe.handles import Tier
 from lmpipe.keys import namespace_id
-from lmpipe.messages import Invalidate, Invalidated, Refused
+from lmpipe.messages import Invalidate, Invalidated
 
 EXAMPLES = """
 lmpipe clear                              everything, everywhere
 lmpipe clear local --tier dram            only what lies in DRAM
 lmpipe clear --namespace 3f…9a            one model and tenant (Producer.namespace.hex())
 """
-REF = 1
 
 
 def add(verbs: Subparsers) -> None:
@@ -43,12 +40,8 @@ def run(args: argparse.Namespace) -> int:
     tiers = [tier for tier in info.topology.tier_names if not args.tier or tier.value in args.tier]
     if not tiers:
         raise NodeError(f"{info.topology.name} has no tier {', '.join(args.tier)}")
-    client = Client({"load": info.endpoints["gather"]["load"], "save": info.endpoints["gather"]["save"]})
-    try:
-        request = Invalidate(SessionId(secrets.randbits(62) + 1), REF, namespace, tiers)
-        removed = _ask(client, request, time.monotonic() + args.timeout)
-    finally:
-        client.close()
+    request = Invalidate(new_session(), REF, namespace, tiers)
+    removed = ask(info, request, Invalidated, args.timeout).removed
     names = [tier.value for tier in tiers]
     print(
         json.dumps({"removed": removed, "tiers": names})
@@ -56,17 +49,3 @@ def run(args: argparse.Namespace) -> int:
         else f"{removed:,} rows removed from {', '.join(names)}"
     )
     return 0
-
-
-def _ask(client: Client, request: Invalidate, deadline_s: float) -> int:
-    poller, sent = Poller(), False
-    poller.register(client)
-    while time.monotonic() < deadline_s:
-        sent = sent or client.send("save", request)
-        poller.poll(50)
-        while (answer := client.recv()) is not None:
-            if isinstance(answer, Invalidated) and answer.ref == REF:
-                return answer.removed
-            if isinstance(answer, Refused):
-                raise NodeError(f"gather refused: {answer.reason}")
-    raise NodeError("gather has not answered" if sent else "gather cannot be reached; see: lmpipe status")

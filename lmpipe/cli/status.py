@@ -96,10 +96,12 @@ def _processes(seen: Overview) -> Table:
 
 
 def _tiers(seen: Overview) -> Table:
-    table = _table("tier", "rows", "used", "capacity", "full", "trouble")
+    table = _table("tier", "rows", "used", "capacity", "full", "encoded", "saved", "trouble")
     for t in seen.tiers:
         full = f"{100 * t.used_bytes / t.capacity_bytes:.0f} %" if t.capacity_bytes else ""
-        table.add_row(t.tier, f"{t.rows:,}", size(t.used_bytes), size(t.capacity_bytes), full, Text(t.trouble, "red"))
+        encoded, saved = (f"{t.encoded_chunks:,}", size(t.saved_bytes)) if t.encoded_chunks else ("", "")
+        used, capacity = size(t.used_bytes), size(t.capacity_bytes)
+        table.add_row(t.tier, f"{t.rows:,}", used, capacity, full, encoded, saved, Text(t.trouble, "red"))
     return table
 
 

@@ -34,13 +34,17 @@ class ProcessView(msgspec.Struct, frozen=True):
 
 
 class TierView(msgspec.Struct, frozen=True):
-    """A tier. `trouble`: why it takes nothing at present, or empty."""
+    """A tier. `trouble`: why it takes nothing at present, or empty. `encoded_chunks` and `saved_bytes`, of DRAM: how
+    many chunks lie there encoded, and how much more room they would take raw.
+    """
 
     tier: str
     rows: int
     used_bytes: int
     capacity_bytes: int
     trouble: str
+    encoded_chunks: int = 0
+    saved_bytes: int = 0
 
 
 class EngineView(msgspec.Struct, frozen=True):
@@ -102,8 +106,15 @@ def _tier(tier: Tier, info: NodeInfo, counted: dict[str, dict[str, int]]) -> Tie
     gauge, text = _TIER_TROUBLE.get(tier, ("", ""))
     tiers = info.topology.tiers
     configured = {Tier.DRAM: tiers.dram, Tier.SSD: tiers.ssd, Tier.REMOTE: tiers.remote}[tier]
+    in_dram = tier is Tier.DRAM
     return TierView(
-        tier, rows, used, capacity or (configured.capacity if configured else 0), text if values.get(gauge) else ""
+        tier,
+        rows,
+        used,
+        capacity or (configured.capacity if configured else 0),
+        text if values.get(gauge) else "",
+        values.get("gather_dram_encoded_chunks", 0) if in_dram else 0,
+        values.get("gather_dram_saved_bytes", 0) if in_dram else 0,
     )
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 from lmpipe.books import LayoutBook, NamespaceBook
 from lmpipe.codecs import CODECS
-from lmpipe.codecs.choice import Choice
+from lmpipe.codecs.choice import Choice, configured
 from lmpipe.handles import Tier
 from lmpipe.index import IndexReader, IndexWriter
 from lmpipe.shm.descriptor import SegmentKind
@@ -24,6 +24,7 @@ from lmpipe.shm.table import SlotTable
 from lmpipe.stages.base import Context, Stage
 from lmpipe.stages.compress import Compress
 from lmpipe.stages.gather import Gather
+from lmpipe.stages.gather.recoding import Coding
 from lmpipe.stages.landing import Landings
 from lmpipe.stages.persist import Persist
 from lmpipe.stages.replicate import Replicate
@@ -74,6 +75,7 @@ class Parts:
             self._sessions,
             pages=self._paths.pages,
             tiers=topology.tiers,
+            coding=self._coding,
             chunk_tokens=topology.chunk_tokens,
             leases=engines.leases,
             max_producers=engines.max_producers,
@@ -113,7 +115,20 @@ class Parts:
 
     @cached_property
     def _choice(self) -> Choice:
-        return Choice(self._topology, NamespaceBook(self._paths).tenant_of)
+        return Choice(self._topology, self._namespaces.tenant_of)
+
+    @cached_property
+    def _namespaces(self) -> NamespaceBook:
+        return NamespaceBook(self._paths)
+
+    @cached_property
+    def _coding(self) -> Coding:
+        return Coding(
+            wanted=self._choice.dram,
+            named=partial(configured, self._topology),
+            is_exact=lambda namespace: self._topology.is_exact(self._namespaces.tenant_of(namespace)),
+            layouts=self._layouts,
+        )
 
     # Shared memory.
 

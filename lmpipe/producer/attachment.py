@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from lmpipe.codecs import CODECS
 from lmpipe.handles import CHUNK, ChunkRecords, Tier
 from lmpipe.index import IndexReader, is_complete
 from lmpipe.keys import Prompt
@@ -29,7 +30,14 @@ from lmpipe.topology import NodeInfo
 GRANTS = 1024
 """Saves of mapped pages that one producer may have in flight."""
 
+LOOKS = 8
+"""How often a lookup reads the rows at most, while chunks of the prompt are being put into other slots."""
+
 TIERS = (Tier.DRAM, Tier.SSD, Tier.REMOTE)
+
+
+_DECODABLE = np.zeros(1 << 16, np.bool_)
+_DECODABLE[list(CODECS)] = True
 
 
 @dataclass(slots=True)
@@ -56,6 +64,11 @@ class Found:
     def tokens(self) -> int:
         """Number of tokens found."""
         return self.chunks * self.chunk_tokens
+
+    @property
+    def fidelity(self) -> int:
+        """Of the least exact chunk found (`handles.Fidelity`)."""
+        return int(self.records["fidelity"].max(initial=0))
 
     @property
     def by_tier(self) -> dict[Tier, int]:
@@ -180,10 +193,11 @@ class Attachment:
 
     def lookup(self, prompt: Prompt, chunks: int, wanted: Wanted, request: int) -> Found:
         """The longest unbroken run of usable chunks from the start of the prompt, its DRAM part held."""
-        found = self._hold(prompt, chunks, wanted, request)
-        if found is None:  # a slot was doomed between row and hold: its row is gone by now, a tier below may have it
-            found = self._hold(prompt, chunks, wanted, request, cut=True)
-        assert found is not None
+        found: Found | None = None
+        looks, most = 0, LOOKS if chunks <= self.holds.entries else 2
+        while found is None:  # a slot was doomed between row and hold: by now the row names another place, or is gone
+            looks += 1
+            found = self._hold(prompt, chunks, wanted, request, cut=looks == most)
         return found
 
     def _hold(self, prompt: Prompt, chunks: int, wanted: Wanted, request: int, *, cut: bool = False) -> Found | None:
@@ -205,37 +219,52 @@ class Attachment:
     def _run(
         self, keys: list[bytes], first: int, wanted: Wanted, *, own: bool = False
     ) -> tuple[ChunkRecords, npt.NDArray[np.uint8]]:
-        """Records and tiers of the unbroken run from `first`; DRAM is asked first, the others only where it misses."""
+        """Records and tiers of the unbroken run from `first`; DRAM is asked first, the others only where it misses.
+
+        It ends before a chunk in DRAM that this process cannot decode.
+        """
+        with self._reading:  # readers are one thread's at a time
+            records, tiers = self._usable_run(keys, first, wanted, own=own)
+        codecs = records["codec"]
+        if codecs.any():
+            decodable = _DECODABLE[codecs] | (tiers != 0)
+            if not decodable.all():
+                end = int(np.argmin(decodable))
+                records, tiers = records[:end], tiers[:end]
+        return records, tiers
+
+    def _usable_run(
+        self, keys: list[bytes], first: int, wanted: Wanted, *, own: bool
+    ) -> tuple[ChunkRecords, npt.NDArray[np.uint8]]:
+        now_s = time.time()
         if wanted.shards > 1:
-            with self._reading:
-                return run_of_shards(self.readers, keys, first, wanted, time.time(), own=own)
+            return run_of_shards(self.readers, keys, first, wanted, now_s, own=own)
         values: list[bytes] = []
         counts: list[tuple[int, int]] = []
         at = first
-        with self._reading:  # readers are one thread's at a time
-            while at < len(keys):
-                for tier, reader in enumerate(self.readers):
-                    run = reader.run(keys, at)
-                    if run:
-                        values += run
-                        counts.append((tier, len(run)))
-                        at += len(run)
-                        break
-                else:
+        while at < len(keys):
+            for tier, reader in enumerate(self.readers):
+                run = reader.run(keys, at)
+                if run:
+                    values += run
+                    counts.append((tier, len(run)))
+                    at += len(run)
                     break
-                if len(values[-1]) != CHUNK.itemsize:
-                    break
+            else:
+                break
+            if len(values[-1]) != CHUNK.itemsize:
+                break
         tiers = np.frombuffer(b"".join(bytes((tier,)) * count for tier, count in counts), np.uint8)
         flat = b"".join(values)
         if len(flat) != len(values) * CHUNK.itemsize:  # some row has more shards: stop before it
             whole = next(i for i, value in enumerate(values) if len(value) != CHUNK.itemsize)
             flat, tiers = b"".join(values[:whole]), tiers[:whole]
         records = np.frombuffer(flat, CHUNK)
-        usable = wanted.usable(records, time.time())
-        if usable is not None and not usable.all():
-            end = int(np.argmin(usable))
-            records, tiers = records[:end], tiers[:end]
-        return records, tiers
+        usable = wanted.usable(records, now_s)
+        if usable is None or usable.all():
+            return records, tiers
+        # A slower tier may have what the fastest has not exact enough, or not for long enough.
+        return run_of_shards(self.readers, keys, first, wanted, now_s, own=own)
 
 
 def slots_of(records: ChunkRecords) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32]]:

@@ -1,8 +1,8 @@
 """Loading: the engine's own threads copy held slots into its pages; what lies below DRAM is asked for first and copied
 as it arrives.
 
-No worker ever writes engine memory, so a late or stopped one cannot hurt. The deadline ends the wait, and so does the
-death of gather; what has not come is recomputed.
+Encoded slots are decoded on the way (decoding.py). No worker ever writes engine memory, so a late or stopped one cannot
+hurt. The deadline ends the wait, and so does the death of gather; what has not come is recomputed.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import numpy.typing as npt
 
 from lmpipe import messages as m
 from lmpipe import native
-from lmpipe.handles import ChunkRecords, Tier
+from lmpipe.handles import ChunkRecords, Codec, Tier
 from lmpipe.producer.attachment import TIERS, Attachment, Found, slots_of
+from lmpipe.producer.decoding import Decoder
 from lmpipe.producer.link import Answer, Link
 from lmpipe.producer.saving import PageIds
 
@@ -38,6 +39,8 @@ class LoadResult:
     reason: str
     """Why it is less than was found; empty when it is not."""
     seconds: float
+    fidelity: int = 0
+    """Of the least exact chunk of them (`handles.Fidelity`); what is computed on them is no more exact."""
 
 
 @dataclass(slots=True)
@@ -46,6 +49,8 @@ class _Arrivals:
 
     waiting: dict[bytes, int]
     done: npt.NDArray[np.bool_]
+    fidelity: npt.NDArray[np.uint16]
+    """As asked for; in the end, as loaded."""
     failed: set[str] = field(default_factory=set[str])
 
 
@@ -54,7 +59,7 @@ class Loader:
 
     def __init__(self, link: Link, copy_threads: int) -> None:
         self._link = link
-        self._copier = native.Copier(copy_threads)
+        self._copier, self._decoder = native.Copier(copy_threads), Decoder(copy_threads)
 
     def load(
         self, load_id: int, found: Found, pool: native.PagePool, page_ids: PageIds, deadline_ns: int
@@ -88,7 +93,9 @@ class Loader:
         below = np.flatnonzero(found.tiers[:count] != 0)
         records = found.records[below]
         arrivals = _Arrivals(
-            {key: int(at) for key, at in zip(records["key"].tolist(), below.tolist(), strict=True)}, done
+            {key: int(at) for key, at in zip(records["key"].tolist(), below.tolist(), strict=True)},
+            done,
+            found.records["fidelity"][:count].copy(),
         )
         answers: queue.SimpleQueue[Answer | None] | None = None
         if len(below):
@@ -101,11 +108,11 @@ class Loader:
                 answers = None
         if found.holds is not None:
             held = found.dram[found.dram < count]
-            self._scatter(attachment, found.records[held], pool, page_ids[held])
+            there = self._scatter(attachment, found.records[held], pool, page_ids[held], arrivals)
             if found.holds.lost:
                 arrivals.failed.add("hold lost")
             else:
-                done[held] = True
+                done[held] = there
         if answers is not None:
             self._await(attachment, load_id, arrivals, answers, pool, page_ids, deadline_ns)
         chunks = count if done.all() else int(np.argmin(done))
@@ -113,7 +120,9 @@ class Loader:
         by_tier = {tier: int(tiers[i]) for i, tier in enumerate(TIERS) if tiers[i]}
         reason = "" if chunks == count else ", ".join(sorted(arrivals.failed)) or "not found below"
         nbytes = int(found.records["raw_bytes"][:chunks].sum())
-        return LoadResult(chunks * found.chunk_tokens, chunks, nbytes, by_tier, reason, time.monotonic() - started)
+        fidelity = int(arrivals.fidelity[:chunks].max(initial=0))
+        seconds = time.monotonic() - started
+        return LoadResult(chunks * found.chunk_tokens, chunks, nbytes, by_tier, reason, seconds, fidelity)
 
     def _await(
         self,
@@ -158,20 +167,40 @@ class Loader:
         page_ids: PageIds,
     ) -> None:
         at = np.array([arrivals.waiting.pop(key, -1) for key in chunks["key"].tolist()], np.intp)
-        chunks, at = chunks[at >= 0], at[at >= 0]
+        exact_enough = (at >= 0) & (chunks["fidelity"] <= arrivals.fidelity[at])
+        if np.count_nonzero(exact_enough) < np.count_nonzero(at >= 0):
+            arrivals.failed.add("less exact than what was found")
+        chunks, at = chunks[exact_enough], at[exact_enough]
         holds = attachment.holds.take(attachment.arena, *slots_of(chunks), load_id)
         held = len(holds)
         if held < len(at):
             arrivals.failed.add("evicted before it was copied")
-        self._scatter(attachment, chunks[:held], pool, page_ids[at[:held]])
+        there = self._scatter(attachment, chunks[:held], pool, page_ids[at[:held]], arrivals)
         if holds.lost:
             arrivals.failed.add("hold lost")
         else:
-            arrivals.done[at[:held]] = True
+            arrivals.done[at[:held]] = there
+            arrivals.fidelity[at[:held]] = chunks["fidelity"][:held]
         attachment.holds.release(holds)
 
-    def _scatter(self, attachment: Attachment, records: ChunkRecords, pool: native.PagePool, page_ids: PageIds) -> None:
-        if len(records):
-            arena = attachment.arena
-            offsets = np.array([arena.offset(place >> 32) for place in records["place"].tolist()], np.uint64)
-            self._copier.scatter(pool, np.ascontiguousarray(page_ids), arena.region, offsets)
+    def _scatter(
+        self,
+        attachment: Attachment,
+        records: ChunkRecords,
+        pool: native.PagePool,
+        page_ids: PageIds,
+        arrivals: _Arrivals,
+    ) -> npt.NDArray[np.bool_]:
+        """Copy held slots into pages; (n,) which of them have arrived. Why others have not is noted."""
+        there = np.ones(len(records), np.bool_)
+        arena = attachment.arena
+        raw = records["codec"] == Codec.RAW
+        if raw.any():
+            offsets = np.array([arena.offset(place >> 32) for place in records["place"][raw].tolist()], np.uint64)
+            self._copier.scatter(pool, np.ascontiguousarray(page_ids[raw]), arena.region, offsets)
+        if not raw.all():
+            encoded = np.flatnonzero(~raw)
+            damaged = self._decoder.scatter(arena, records[encoded], pool, np.ascontiguousarray(page_ids[encoded]))
+            there[encoded[list(damaged)]] = False
+            arrivals.failed.update(damaged.values())
+        return there

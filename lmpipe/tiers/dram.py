@@ -5,6 +5,9 @@ use, and a prompt is
 touched from its tail to its head, so that the head is always the more recent: eviction takes a prompt's tail first, and
 no row outlives the prefix it needs. Rows that still have to be persisted wait in a queue of their own and go last.
 
+A chunk may lie there encoded, in a slot of its own size; then no tier below waits for it. `exchange` puts one form of a
+chunk in the place of the other, and a chunk that is more exact than the one that is there takes its place.
+
 Eviction passes over rows of which any slot is held: they would free nothing at once, and others, who are to read the
 same chunks, must go on finding them. It removes a row from the index, dooms its slots (no new hold succeeds), and frees
 them at once or, when a reader was quicker than the doom, as soon as the hold is gone. Recency lives in this process
@@ -16,6 +19,7 @@ caller.
 
 from __future__ import annotations
 
+import struct
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
@@ -24,13 +28,14 @@ from typing import Protocol
 
 import numpy as np
 
-from lmpipe.handles import CHUNK, ChunkRecords, SessionId, Slot
+from lmpipe.handles import CHUNK, ChunkRecords, Codec, SessionId, Slot
 from lmpipe.index import IndexWriter, index_key
 from lmpipe.lifecycle import SlotEvent, SlotState
 from lmpipe.shm.slots import SlotOwner
 
-_PLACE_AT, _PLACE_END = 48, 56
-"""Where `place` lies in a chunk record (handles.py)."""
+_NUMBERS = struct.Struct("<28xHH8xIIQ16x")
+"""Of a chunk record (handles.py): codec, fidelity, raw_bytes, nbytes, place."""
+assert _NUMBERS.size == CHUNK.itemsize
 
 
 class HeldSlots(Protocol):
@@ -53,6 +58,8 @@ class Row:
     savers: dict[int, SessionId] = field(default_factory=dict[int, SessionId])
     """The session that hears what becomes of the shard below; 0: none."""
     pinned_until_s: float = 0.0
+    stays_raw: set[int] = field(default_factory=set[int])
+    """Shards that are not to be encoded again unasked: it was tried, or they are wanted as they are."""
 
     @property
     def value(self) -> bytes:
@@ -61,7 +68,7 @@ class Row:
 
     def is_held(self, held: frozenset[int]) -> bool:
         """Whether any shard's slot is among these hold words."""
-        return any(int.from_bytes(record[_PLACE_AT:_PLACE_END], "little") in held for record in self.records.values())
+        return any(_place(record) in held for record in self.records.values())
 
 
 class DramTier:
@@ -75,7 +82,15 @@ class DramTier:
         self._clean: OrderedDict[bytes, Row] = OrderedDict()
         self._dirty: OrderedDict[bytes, Row] = OrderedDict()
         self._doomed: list[Slot] = []
+        self._kept: set[int] = set()
+        self._replaced: list[int] = []
         self._tick = 0
+        self.encoded_chunks = 0
+        """Chunks that do not lie there raw."""
+        self.saved_bytes = 0
+        """Bytes that these would have more, were they raw."""
+        self.cleaned: list[tuple[bytes, int]] = []
+        """Index key and shard of what no tier below waits for any more, since the caller last took them."""
         self.evicted: list[bytes] = []
         """Records of rows evicted since the caller last took them."""
 
@@ -91,24 +106,30 @@ class DramTier:
         """The row of an index key."""
         return self._clean.get(key) or self._dirty.get(key)
 
-    def has(self, key: bytes, shard: int) -> bool:
-        """Whether this shard of the chunk is in DRAM and still valid."""
+    def has(self, key: bytes, shard: int, fidelity: int) -> bool:
+        """Whether this shard of the chunk is in DRAM, still valid, and at least as exact as that."""
         row = self.row(key)
-        return row is not None and shard in row.records and not _has_expired(row.records[shard])
+        if row is None or shard not in row.records or _has_expired(row.records[shard]):
+            return False
+        return _fidelity(row.records[shard]) <= fidelity
 
     def load_rows(self, slots: Iterable[int], doomed: Iterable[int] = ()) -> list[int]:
         """Rebuild rows from committed slots after a restart, oldest first, tails before heads. Returns the slots with
         pending bits.
 
-        `doomed` are slots that were on their way out and are still held.
+        `doomed` are slots that were on their way out and are still held. Of two slots with the same chunk, one of which
+        was to take the other's place, the more exact is kept, or else the smaller.
         """
         self._doomed = [Slot(slot, self.arena.state(slot)[0]) for slot in doomed]
-        records = [
-            (int(r["saved_at"]), -int(r["position"]), slot) for slot in slots for r in (self.arena.record(slot),)
-        ]
+        order: list[tuple[int, int, int, int, int]] = []
+        for slot in slots:
+            r = self.arena.record(slot)
+            order.append((int(r["saved_at"]), -int(r["position"]), int(r["fidelity"]), int(r["nbytes"]), slot))
+            if int(r["codec"]) != Codec.RAW:
+                self.arena.set_pending(slot, 0)  # READY when gather died: the chunk was clean, or else it would be raw
         pending: list[int] = []
         rows: dict[bytes, bytes] = {}
-        for _, _, slot in sorted(records):
+        for *_, slot in sorted(order):
             row = self._admit(slot, SessionId(0))
             if row is None:
                 self._doom([slot])  # a second copy of a chunk: two writers were at it when the node died
@@ -117,7 +138,7 @@ class DramTier:
             if self.arena.pending(slot):
                 pending.append(slot)
         self._index.put(list(rows.items()))
-        self.sweep()
+        self._end_replaced()
         return pending
 
     def commit(self, slots: Sequence[int], pending_bits: int, saver: SessionId) -> list[int]:
@@ -145,29 +166,76 @@ class DramTier:
                 self._remove(key)
             self._index.delete(list(rows))
             done = []
-        self.sweep()
+        self._end_replaced()
         return done[::-1]
 
     def _admit(self, slot: int, saver: SessionId) -> Row | None:
-        """Enter a committed slot into its row; None when that shard is there already."""
+        """Enter a committed slot into its row; None when that shard is there already, and as exact."""
         record = self.arena.record(slot)
         generation, _ = self.arena.state(slot)
         record["place"] = Slot(slot, generation).place
         key, shard = index_key(record.tobytes()), int(record["shard"])
         row = self.row(key)
         if row is not None and shard in row.records:
-            if not _has_expired(row.records[shard]):
+            if _has_expired(row.records[shard]):
+                self._remove(key)
+                row = None
+            elif int(record["fidelity"]) < _fidelity(row.records[shard]):
+                self._replaced.append(row.slots[shard])
+                self._count(row.records[shard], -1)
+                row.stays_raw.add(shard)  # somebody wants it that exact
+            else:
                 return None
-            self._remove(key)
-            row = None
         self._tick += 1
         if row is None:
             row = Row(key, int(record["shards"]), self._tick)
         row.tick = self._tick
         row.slots[shard], row.savers[shard] = slot, saver
         row.records[shard] = record.tobytes()
+        self._count(row.records[shard], 1)
         self._file(row)
         return row
+
+    def _end_replaced(self) -> None:
+        """End the slots of chunks that were replaced, after the index names the others: who found the old ones and is
+        too late to hold them looks again and finds the new ones.
+        """
+        replaced, self._replaced = self._replaced, []
+        self._doom(replaced)
+        self.sweep()
+
+    def exchange(self, name: tuple[bytes, int], old: Slot, new: Slot) -> Row | None:
+        """Give a chunk that lies in `old`, and which no tier waits for, the READY slot `new`, which has it in another
+        form. The row, or None when the chunk is gone or the index is full; then `new` is freed.
+        """
+        key, shard = name
+        row = self.row(key)
+        if (
+            row is None
+            or shard not in row.slots
+            or _place(row.records[shard]) != old.place
+            or self.arena.pending(old.index)
+        ):
+            self.arena.free(new)
+            return None
+        self.arena.advance(new, SlotEvent.COMMIT)
+        former, row.records[shard] = row.records[shard], self.arena.record(new.index).tobytes()
+        row.slots[shard] = new.index
+        stored = self._index.put([(key, row.value)])
+        if stored:
+            self._count(former, -1)
+            self._count(row.records[shard], 1)
+        else:
+            row.records[shard], row.slots[shard] = former, old.index
+        self._doom([old.index if stored else new.index])
+        self.sweep()
+        return row if stored else None
+
+    def _count(self, record: bytes, sign: int) -> None:
+        codec, _, raw_bytes, nbytes, _ = _NUMBERS.unpack(record)
+        if codec != Codec.RAW:
+            self.encoded_chunks += sign
+            self.saved_bytes += sign * (raw_bytes - nbytes)
 
     def _file(self, row: Row) -> None:
         """Put a row at the recent end of the queue it belongs to."""
@@ -176,6 +244,8 @@ class DramTier:
         other.pop(row.key, None)
         into[row.key] = row
         into.move_to_end(row.key)
+        if not dirty:
+            self.cleaned.extend((row.key, shard) for shard in row.slots)
 
     def touch(self, keys: Sequence[bytes]) -> None:
         """Mark a prompt's chunks, given head first, as just used."""
@@ -193,20 +263,22 @@ class DramTier:
             row.pinned_until_s = until_s
         return len(rows)
 
-    def answered(self, key: bytes, shard: int, bits: int) -> Row | None:
-        """A tier below has taken or refused a chunk. Returns the row, or None when it is gone."""
+    def answered(self, key: bytes, shard: int, place: int, bits: int) -> Row | None:
+        """A tier below has taken or refused the chunk that lies, or lay, at a place. Returns the row, or None when that
+        chunk is gone.
+        """
         row = self.row(key)
-        if row is None or shard not in row.slots:
+        if row is None or shard not in row.slots or _place(row.records[shard]) != place:
             return None
         if not self.arena.clear_pending(row.slots[shard], bits) and key in self._dirty:
             self._file(row)
         return row
 
-    def reserve(self, nbytes: int, owner: SessionId, more: int = 0) -> Slot | None:
+    def reserve(self, nbytes: int, owner: SessionId, more: int = 0, *, clean_only: bool = False) -> Slot | None:
         """Lease a slot, evicting what was wanted least. None: everything left is pinned, held or being written.
 
         `more` slots of this size are wanted right after: what has to go for them goes in the same index transaction.
-        What is held is not evicted, and stays to be found.
+        What is held is not evicted, and stays to be found. `clean_only`: nor is what a tier below has still to take.
         """
         slot = self.arena.lease(nbytes, owner)
         if slot is None and self._doomed:
@@ -214,40 +286,41 @@ class DramTier:
             slot = self.arena.lease(nbytes, owner)
         if slot is not None or nbytes > self.arena.capacity_bytes:
             return slot
-        for victims in self._victims(nbytes, more):
+        for victims in self._victims(nbytes, more, (self._clean,) if clean_only else (self._clean, self._dirty)):
             self._evict(victims)
             slot = self.arena.lease(nbytes, owner)
             if slot is not None:
                 return slot
         return None
 
-    def _victims(self, nbytes: int, more: int) -> Iterable[list[Row]]:
-        """What to evict, step by step: least recent rows worth `nbytes`, more of them while those that went were taken
-        hold of in that moment; then, if memory is in pieces, the cheapest neighbours.
+    def _victims(self, nbytes: int, more: int, queues: Sequence[OrderedDict[bytes, Row]]) -> Iterable[list[Row]]:
+        """What of these queues to evict, step by step: least recent rows worth `nbytes`, more of them while those that
+        went were taken hold of in that moment; then, or at once where enough is free in pieces (encoded chunks leave
+        holes of all sizes), the cheapest neighbours.
         """
         now_s = self._now_s()
         wanted = nbytes * (1 + more)
-        while batch := self._least_recent(wanted, now_s):
+        while not (self.arena.slots_free and self.arena.free_bytes >= nbytes):
+            batch = self._least_recent(wanted, now_s, queues)
+            if not batch:
+                break
             yield batch
             wanted = nbytes
-            if self.arena.slots_free and self.arena.free_bytes >= nbytes:
-                break
         if not self.arena.slots_free or self.arena.free_bytes < nbytes:
             return
-        held = self._held.held()
-        by_slot = {
-            slot: row for queue in (self._clean, self._dirty) for row in queue.values() for slot in row.slots.values()
-        }
-        windows = [[by_slot[slot] for slot in window if slot in by_slot] for window in self.arena.window(nbytes)]
-        windows = [rows for rows in windows if rows and all(_may_go(row, now_s, held) for row in rows)]
+        held = self.held()
+        by_slot = {slot: row for queue in queues for row in queue.values() for slot in row.slots.values()}
+        found = [window for window in self.arena.window(nbytes) if by_slot.keys() >= set(window)]
+        windows = [[by_slot[slot] for slot in window] for window in found]
+        windows = [rows for rows in windows if all(_may_go(row, now_s, held) for row in rows)]
         yield from sorted(windows, key=lambda rows: max(row.tick for row in rows))
 
-    def _least_recent(self, nbytes: int, now_s: float) -> list[Row]:
+    def _least_recent(self, nbytes: int, now_s: float, queues: Sequence[OrderedDict[bytes, Row]]) -> list[Row]:
         """Rows worth `nbytes`, or all there are, that are neither pinned nor held."""
-        held = self._held.held()  # once for all of them; who takes hold of one after this is seen by `sweep`
+        held = self.held()  # once for all of them; who takes hold of one after this is seen by `sweep`
         batch: list[Row] = []
         freed = 0
-        for queue in (self._clean, self._dirty):
+        for queue in queues:
             for row in queue.values():
                 if not _may_go(row, now_s, held):
                     continue
@@ -278,12 +351,31 @@ class DramTier:
             return [row.key for row in rows]
         return [row.key for row in rows if int(_first_record(row)["namespace"]) == namespace]
 
+    def names(self, namespace: int = 0) -> list[tuple[bytes, int]]:
+        """The same with every shard that is there, least recent first."""
+        return [(key, shard) for key in self.keys(namespace) if (row := self.row(key)) for shard in row.slots]
+
     def _remove(self, key: bytes) -> bool:
         row = self._clean.pop(key, None) or self._dirty.pop(key, None)
         if row is None:
             return False
+        for record in row.records.values():
+            self._count(record, -1)
         self._doom(row.slots.values())
         return True
+
+    def keep(self, slot: Slot) -> None:
+        """Hold a slot for this process itself, until `let_go`."""
+        self._kept.add(slot.place)
+
+    def let_go(self, slot: Slot) -> None:
+        """End `keep`."""
+        self._kept.discard(slot.place)
+
+    def held(self) -> frozenset[int]:
+        """Hold words of every living session, read after a fence, and what this process holds itself."""
+        held = self._held.held()
+        return held | self._kept if self._kept else held
 
     def _doom(self, slots: Iterable[int]) -> None:
         for index in slots:
@@ -296,7 +388,7 @@ class DramTier:
         """Free doomed slots that nobody holds any more."""
         if not self._doomed:
             return
-        held = self._held.held()  # fenced: a hold published before the doom is seen here, a later one sees the doom
+        held = self.held()  # fenced: a hold published before the doom is seen here, a later one sees the doom
         still: list[Slot] = []
         for slot in self._doomed:
             if slot.place in held:
@@ -309,6 +401,11 @@ class DramTier:
         """To be called every second: free what readers have let go, let the index clear dead readers."""
         self.sweep()
         self._index.tick()
+
+    def take_cleaned(self) -> list[tuple[bytes, int]]:
+        """What no tier below waits for any more, since the last call."""
+        cleaned, self.cleaned = self.cleaned, []
+        return cleaned
 
     def take_evicted(self) -> ChunkRecords:
         """Records of the rows evicted since the last call."""
@@ -331,6 +428,14 @@ class DramTier:
 def _may_go(row: Row, now_s: float, held: frozenset[int]) -> bool:
     """Whether eviction may take a row: neither pinned nor held."""
     return row.pinned_until_s <= now_s and not (held and row.is_held(held))
+
+
+def _place(record: bytes) -> int:
+    return _NUMBERS.unpack(record)[4]
+
+
+def _fidelity(record: bytes) -> int:
+    return _NUMBERS.unpack(record)[1]
 
 
 def _has_expired(record: bytes) -> bool:

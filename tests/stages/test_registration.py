@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from lmpipe.books import LayoutBook
 from lmpipe.codecs import CODECS
 from lmpipe.codecs.zstd import ZstdCodec
 from lmpipe.engines.paged import PagedEngine
@@ -19,6 +20,7 @@ from lmpipe.handles import Codec, SessionId, Tier
 from lmpipe.index import IndexWriter
 from lmpipe.layout import KVLayout
 from lmpipe.messages import PageSource, Register, Save, no_chunks
+from lmpipe.rundir import RunDir
 from lmpipe.shm.node import NodeWords
 from lmpipe.shm.slots import SlotOwner
 from lmpipe.stages.base import Peer
@@ -60,7 +62,8 @@ def tiers_of(codec: str) -> Tiers:
 
 
 def registry(dram: DramTier, codec: str) -> Producers:
-    return Producers(dram, lambda _: True, 4, 4, Path("/dev/shm/lmpipe-test-absent.pages"), tiers_of(codec))
+    absent = Path("/dev/shm/lmpipe-test-absent.pages")
+    return Producers(dram, lambda _: True, 4, 4, absent, tiers_of(codec), LayoutBook(RunDir(absent)))
 
 
 def hello_of(layout: KVLayout, pages: PageSource | None = None) -> Register:
@@ -96,7 +99,7 @@ def test_a_codec_that_computes_with_numbers_takes_no_opaque_pages(
         numeric = True
 
     monkeypatch.setitem(CODECS, Codec.ZSTD, Numbers())
-    with pytest.raises(LayoutError, match=r"^tiers\.ssd\.codec: zstd computes .*; choose raw for this tier$"):
+    with pytest.raises(LayoutError, match=r"^tiers\.ssd\.codec: zstd computes .*; choose raw or split here$"):
         register(dram, OPAQUE, "zstd")
     assert register(dram, OPAQUE, "raw").session == register(dram, KNOWN, "zstd").session == ME
 

@@ -209,7 +209,7 @@ def test_rows_not_persisted_go_last(bench: Bench) -> None:
     assert bench.found(1) == [0, 1, 2, 3] and bench.found(2) == []
     assert bench.tier.unpersisted == 4
     for at in range(4):
-        bench.tier.answered(bench.key(1, at), 0, 1)
+        bench.tier.answered(bench.key(1, at), 0, bench.slot(1, at).place, 1)
     assert bench.tier.unpersisted == 0
 
 
@@ -307,7 +307,8 @@ def test_a_random_walk_keeps_the_invariants(bench: Bench) -> None:
                     Slot(s, bench.arena.state(s)[0]).place for k in rows for s in bench.tier.row(k).slots.values()
                 }  # type: ignore[union-attr]
             case _:
-                bench.tier.answered(bench.key(prompt, chunks), 0, 1)
+                if bench.tier.row(bench.key(prompt, chunks)):
+                    bench.tier.answered(bench.key(prompt, chunks), 0, bench.slot(prompt, chunks).place, 1)
                 bench.held.words.clear()
         bench.now_s = float(turn)
         assert bench.tier.audit() == []

@@ -2,7 +2,7 @@
 
     Save (slots)  ─▶ check the lease, commit, Saved ─┐ Save (pages)  ─▶ lease, copy, check the grant ───┴─▶ pending ─▶
     Save to the stage below ─▶ Persisted ─▶ clear the bit Load          ─▶ there? on its way? else reserve a slot, ask
-    below ─▶ Loaded ─▶ commit, answer who waits
+    below ─▶ Loaded ─▶ commit, answer who waits; in the background, and by Recode: chunks in another codec (recoding.py)
 
 The only writer of the arena's allocator and of the `dram` index. It reads engine pages and never writes them.
 """
@@ -27,6 +27,7 @@ from lmpipe.stages.gather.loads import WRITERS, Loads, Waiter, joined, names_of
 from lmpipe.stages.gather.outflow import Name, Outflow
 from lmpipe.stages.gather.parked import Parked
 from lmpipe.stages.gather.producers import Producers
+from lmpipe.stages.gather.recoding import Coding, Recoder
 from lmpipe.stages.gather.saves import Saves
 from lmpipe.tiers.dram import DramTier
 from lmpipe.topology import Tiers
@@ -49,7 +50,8 @@ class _Recall:
 
 class Gather:
     """The stage. `below` has an index reader for each tier below DRAM; `leases` is what each engine is lent at most;
-    `pages` is where engines put their KV cache, `tiers` what the topology says of tiers.
+    `pages` is where engines put their KV cache, `tiers` what the topology says of tiers, `coding` what is to be made of
+    chunks in DRAM.
     """
 
     name = "gather"
@@ -64,6 +66,7 @@ class Gather:
         *,
         pages: Path,
         tiers: Tiers,
+        coding: Coding,
         chunk_tokens: int,
         leases: int,
         max_producers: int,
@@ -72,10 +75,11 @@ class Gather:
         self._context, self._dram, self._holds = context, dram, holds
         self._chunk_tokens = chunk_tokens
         self._bits = sum(PENDING[tier] for tier in below)
-        self._producers = Producers(dram, sessions.alive, max_producers, leases, pages, tiers)
+        self._producers = Producers(dram, sessions.alive, max_producers, leases, pages, tiers, coding.layouts)
         self._loads = Loads(dram, below, sessions.alive)
         self._outflow = Outflow(dram, self._send_down)
         self._saves = Saves(context, dram, self._producers, self._outflow, holds, self._bits, copy_threads)
+        self._recoder = Recoder(context, dram, coding)
         self._parked = Parked(frozenset(WRITERS[tier] for tier in below), context.now_s())
         self._recalls: dict[int, _Recall] = {}
         self._nearest: SessionId | None = None
@@ -134,6 +138,8 @@ class Gather:
                 self._context.reply(peer, m.Pinned(self._session, message.ref, count))
             case m.Invalidate():
                 self._invalidate(peer, message)
+            case m.Recode():
+                self._recoder.order(peer, message)
             case m.Release():
                 self._saves.released(message)
             case _:
@@ -188,8 +194,8 @@ class Gather:
 
     def _answered(self, tier: Tier, chunks: ChunkRecords) -> dict[SessionId, ChunkRecords]:
         by_saver: dict[SessionId, list[int]] = defaultdict(list)
-        for at, name in enumerate(names_of(chunks)):
-            saver = self._outflow.answered(name, PENDING[tier])
+        for at, (name, place) in enumerate(zip(names_of(chunks), chunks["place"].tolist(), strict=True)):
+            saver = self._outflow.answered(name, place, PENDING[tier])
             if saver:
                 by_saver[saver].append(at)
         self._outflow.pump()
@@ -298,12 +304,14 @@ class Gather:
         for waiter, chunks in self._parked.due(now_s):
             self._load_now(waiter, chunks)
         self._outflow.pump()
+        self._recoder.add(self._dram.take_cleaned())
+        more = self._recoder.step()
         started = self._saves.copy_next()
         evicted = self._dram.take_evicted()
         if len(evicted):
             self._context.count("evicted_chunks", len(evicted))
             self._tell_evicted(Tier.DRAM, evicted)
-        if started:
+        if started or more:
             return 0.0
         due_s = [self._next_sweep_s - now_s]
         if self._loads.waited_for:
@@ -345,10 +353,13 @@ class Gather:
         self._holds.refresh()
         self._bury_flights()
         self._dram.tick()
+        self._recoder.retry()
         arena = self._dram.arena
         self._context.gauge("dram_used_bytes", arena.used_bytes)
         self._context.gauge("dram_capacity_bytes", arena.capacity_bytes)
         self._context.gauge("dram_rows", len(self._dram))
+        self._context.gauge("dram_encoded_chunks", self._dram.encoded_chunks)
+        self._context.gauge("dram_saved_bytes", self._dram.saved_bytes)
         self._context.gauge("unpersisted_rows", self._dram.unpersisted)
         self._context.gauge("producers", len(self._producers))
 

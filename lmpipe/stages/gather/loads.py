@@ -52,6 +52,7 @@ class Flight:
     owner: SessionId
     tier: Tier
     route: Route
+    fidelity: int
     waiters: list[Waiter] = field(default_factory=list[Waiter])
     unwanted: bool = False
     """Invalidated on the way: it is freed when it lands."""
@@ -98,13 +99,17 @@ class Loads:
         chain = self._living(chain)
         for name, record in zip(names_of(records), records, strict=True):
             raw = record.tobytes()
+            fidelity = int(record["fidelity"])
             row = self._dram.row(name[0])
-            if row is not None and name[1] in row.records:
+            if row is not None and self._dram.has(*name, fidelity):
                 asked.ready.append(row.records[name[1]])
                 continue
             flight = self._flights.get(name)
             if flight is None:
-                flight = self._start(name, raw, chain, asked)
+                flight = self._start(name, raw, fidelity, chain, asked)
+            elif flight.fidelity > fidelity:
+                asked.fail("a less exact copy is on its way", raw)
+                continue
             if flight is not None and waiter.peer is not None and name not in waiter.names:
                 flight.waiters.append(waiter)
                 waiter.names[name] = raw
@@ -114,11 +119,13 @@ class Loads:
         self._dram.touch([name[0] for name in names_of(records)])
         return asked
 
-    def _start(self, name: Name, raw: bytes, chain: Mapping[str, SessionId], asked: Asked) -> Flight | None:
+    def _start(
+        self, name: Name, raw: bytes, fidelity: int, chain: Mapping[str, SessionId], asked: Asked
+    ) -> Flight | None:
         if self._is_recalled(name[0], raw):
             asked.fail("being invalidated", raw)
             return None
-        stored = self._stored(name)
+        stored = self._stored(name, fidelity)
         if stored is None:
             asked.fail("not stored below", raw)
             return None
@@ -136,18 +143,18 @@ class Loads:
         record["place"] = slot.place
         asked.down.append(record.tobytes())
         route = tuple(chain.items())[: list(chain).index(WRITERS[tier]) + 1]
-        flight = self._flights[name] = Flight(slot, owner, tier, route)
+        flight = self._flights[name] = Flight(slot, owner, tier, route, int(record["fidelity"]))
         return flight
 
     def _living(self, chain: Mapping[str, SessionId]) -> dict[str, SessionId]:
         """The chain down to the first stage that is dead: no load gets past it."""
         return dict(takewhile(lambda link: self._alive(link[1]), chain.items()))
 
-    def _stored(self, name: Name) -> tuple[Tier, np.void] | None:
+    def _stored(self, name: Name, fidelity: int) -> tuple[Tier, np.void] | None:
         for tier, reader in self._below.items():
             for row in reader.run([name[0]]):
                 for record in row_records(row):
-                    if int(record["shard"]) == name[1]:
+                    if int(record["shard"]) == name[1] and int(record["fidelity"]) <= fidelity:
                         return tier, record
         return None
 

@@ -62,9 +62,11 @@ class Outflow:
             moved = True
         return moved
 
-    def answered(self, name: Name, bit: int) -> SessionId | None:
-        """A tier took or refused a chunk. Returns the session that saved it, once per tier."""
-        self._dram.answered(name[0], name[1], bit)
+    def answered(self, name: Name, place: int, bit: int) -> SessionId | None:
+        """A tier took or refused the chunk that was sent from a place. Returns the session that saved it, once for each
+        tier.
+        """
+        self._dram.answered(name[0], name[1], place, bit)
         bits, saver = self._sent.get(name, (0, SessionId(0)))
         if not bits & bit:
             return None

@@ -14,6 +14,7 @@ import numpy as np
 
 from lmpipe import messages as m
 from lmpipe import native
+from lmpipe.books import LayoutBook
 from lmpipe.codecs.checks import misfits
 from lmpipe.errors import LayoutError, SegmentError
 from lmpipe.handles import SessionId, Slot
@@ -65,14 +66,21 @@ class Engine:
 
 class Producers:
     """The registry. `alive` says whether a session's lock is still held, `pages` where engines put their KV cache,
-    `tiers` by which codecs their chunks will go.
+    `tiers` by which codecs their chunks will go, `layouts` where it is written down what they are.
     """
 
     def __init__(
-        self, dram: DramTier, alive: Callable[[SessionId], bool], most: int, leases: int, pages: Path, tiers: Tiers
+        self,
+        dram: DramTier,
+        alive: Callable[[SessionId], bool],
+        most: int,
+        leases: int,
+        pages: Path,
+        tiers: Tiers,
+        layouts: LayoutBook,
     ) -> None:
         self._dram, self._alive, self._most, self._leases = dram, alive, most, leases
-        self._pages, self._tiers = pages, tiers
+        self._pages, self._tiers, self._layouts = pages, tiers, layouts
         self._engines: dict[SessionId, Engine] = {}
         self._orphans: dict[SessionId, set[int]] = {}
         """Leases found in the arena after a restart, whose holders have not registered again."""
@@ -130,6 +138,7 @@ class Producers:
             del self._engines[session]
             old.close()
         self._engines[session] = engine
+        self._layouts.enter(layout)
         return engine
 
     def unused(self, engine: Engine) -> list[Slot]:

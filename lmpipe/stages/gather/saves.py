@@ -7,6 +7,7 @@ pages that the engine has taken back meanwhile: the grant is read after the copy
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from lmpipe import messages as m
 from lmpipe import native
@@ -124,11 +125,18 @@ class Saves:
 
     def _answer_save(self, peer: Peer, save_id: int, chunks: ChunkRecords) -> None:
         """Saved means that a lookup finds it now: say it only of what the tier really has."""
-        has = np.array([self._dram.has(*name) for name in names_of(chunks)], np.bool_)
+        has = self._has(chunks)
         if has.any():
             self._context.reply(peer, m.Saved(self._session, save_id, chunks[has]))
         if not has.all():
             self._drop(peer, save_id, "the DRAM index is full", chunks[~has])
+
+    def _has(self, chunks: ChunkRecords) -> npt.NDArray[np.bool_]:
+        """Which of the chunks the tier has, at least as exact as these."""
+        names, fidelities = names_of(chunks), chunks["fidelity"].tolist()
+        return np.array(
+            [self._dram.has(*name, fidelity) for name, fidelity in zip(names, fidelities, strict=True)], np.bool_
+        )
 
     def _drop(self, peer: Peer, save_id: int, reason: str, chunks: ChunkRecords) -> None:
         self._context.count("dropped_chunks", len(chunks))
@@ -148,7 +156,7 @@ class Saves:
         if save.at == len(message.chunks):
             engine.saves.popleft()
         chunks, page_ids = message.chunks[part], message.page_ids[part]
-        known = np.array([self._dram.has(*name) for name in names_of(chunks)], np.bool_)
+        known = self._has(chunks)
         if known.any():
             self._context.count("known_chunks", int(known.sum()))
             self._context.reply(save.peer, m.Saved(self._session, message.save_id, chunks[known]))
