@@ -9,11 +9,25 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from lmpipe.cli import bench, check, clear, compress, decompress, demo, down, lookup, profile, status, up
+from lmpipe.cli import (
+    bench,
+    calibrate,
+    check,
+    clear,
+    compress,
+    decompress,
+    demo,
+    down,
+    lookup,
+    profile,
+    quality,
+    status,
+    up,
+)
 from lmpipe.cli.nodes import NodeAbsent, UsageError
 from lmpipe.errors import LmpipeError, TopologyError
 
-VERBS = (up, down, check, status, lookup, clear, compress, decompress, demo, bench, profile)
+VERBS = (up, down, check, status, lookup, clear, compress, decompress, demo, bench, quality, calibrate, profile)
 
 EPILOG = """\
 examples:
