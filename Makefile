@@ -12,7 +12,7 @@ VLLM_PIP := $(VLLM_BIN)/python -m pip install --quiet
 VLLM_LIST := tests/vllm/requirements.txt
 VLLM_PINS := tests/vllm/constraints.txt
 
-.PHONY: setup setup-vllm demo test test-vllm lint types contract native clean
+.PHONY: setup setup-vllm demo test test-gpu test-vllm lint types contract native clean
 
 setup: $(STAMP)
 
@@ -45,6 +45,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# The kernels, which `make test` interprets, on a GPU; they are skipped where torch sees none.
+test-gpu: setup
+	$(BIN)/python -m pytest --gpu tests/cuda
 
 # vLLM and what it imports warn of much, and starting an engine takes its time.
 test-vllm: setup-vllm

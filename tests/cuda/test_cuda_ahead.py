@@ -1,0 +1,34 @@
+"""The kernels as a GPU would get them: compiled in a process of its own, which needs no GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).parents[2] / "profiling" / "gpu_codecs.py"
+KERNELS = {
+    "split": ("_measure", "_write", "_read"),
+    "fp8": ("_encode", "_decode"),
+    "rotated": ("_encode", "_decode"),
+}
+
+
+def test_all_kernels_compile_for_hopper(tmp_path: Path) -> None:
+    """To machine code; pages are read and written 16 bytes at a time, and no operation is one that rounds otherwise."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "--compile", "90", "--dtypes", "bfloat16"],
+        env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    assert set(lines) == {f"lmpipe.cuda.{module}.{name}" for module in KERNELS for name in KERNELS[module]}
+    for name, line in lines.items():
+        assert "inexact 0" in line, name
+        reads_pages = name.endswith(("_measure", "_write", "_encode"))
+        assert ("load v4" if reads_pages else "store v4") in line, name
