@@ -21,6 +21,7 @@ EXPECTED = {
     "lookup": {"lookup, 16K tokens, p50"},
     "hop": {"stage to stage, one hop", "control, Ping and Pong"},
     "ssd": {"write, flushed", "cold read"},
+    "codecs": {"split, encode", "int4h, decode", "adaptive, ratio", "hits, fp8 in DRAM"},
     "idle": {"private memory, alone", "wake-ups, alone"},
     "ttft": {"cold, lmpipe attached", "warm from DRAM", "warm from SSD", "warm from the remote tier"},
     "vllm": {"1K, cold, lmpipe attached", "1K, lmpipe, DRAM", "1K, lmpipe, SSD", "mixed, lmpipe"},

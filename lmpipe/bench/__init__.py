@@ -11,6 +11,7 @@ SUMMARIES = {
     "lookup": "full hits of 4K, 32K and 128K tokens among 1M rows, hashing included",
     "hop": "stage to stage and engine to gather, against raw pyzmq",
     "ssd": "writes and cold reads of the SSD tier, against raw O_DIRECT",
+    "codecs": "speed and ratio of every codec against memcpy; hits of conversations with each of them in the same DRAM",
     "idle": "private memory and wake-ups of a topology that has nothing to do",
     "ttft": "time to first token of the demo's model: without lmpipe, cold with it, warm from each tier",
     "vllm": "the same in real vLLM engines, against vLLM's own prefix cache; a mixed workload with and without lmpipe",
