@@ -20,11 +20,11 @@ def kv(layout: KVLayout, tokens: int, seed: int = 1) -> npt.NDArray[np.uint8]:
     even = np.full((layout.kv_heads, layout.head_dim), EVEN, np.float32)
     payload = np.empty(layout.chunk_bytes(tokens), np.uint8)
     view = layout.canonical(payload, tokens)  # [layer][K|V][page][token][head][dim][byte]
+    shape = view.shape[2:-1]
     for layer in range(layout.layers):
         for part in range(layout.kv):
-            shape = view[layer, part].shape[:-1]
             spread = np.exp(random.normal(0, UNEVEN, even.shape)).astype(np.float32) if part == 0 else even
-            view[layer, part] = _bf16(np.multiply(random.standard_normal(shape, np.float32), spread))
+            view[layer, part] = _bf16(random.standard_normal(shape, np.float32) * spread)
     return payload
 
 
