@@ -183,7 +183,8 @@ class DramTier:
             elif int(record["fidelity"]) < _fidelity(row.records[shard]):
                 self._replaced.append(row.slots[shard])
                 self._count(row.records[shard], -1)
-                row.stays_raw.add(shard)  # somebody wants it that exact
+                if not saver:
+                    row.stays_raw.add(shard)  # brought up from below: somebody wants it that exact
             else:
                 return None
         self._tick += 1

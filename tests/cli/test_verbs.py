@@ -101,6 +101,25 @@ def test_lookup_of_nonsense(node: Node, lmpipe: Lmpipe, tmp_path: Path, namespac
     assert lmpipe("lookup", file, node.run_dir, "--namespace", namespace)[0] == 2
 
 
+def test_compress_and_decompress(node: Node, lmpipe: Lmpipe, namespace: str) -> None:
+    status, out, _ = lmpipe("compress", node.run_dir, "--codec", "split", "--namespace", namespace, "--json")
+    answer = json.loads(out)
+    raw_bytes = CHUNKS * LAYOUT.chunk_bytes(16)
+    assert (status, answer["codec"], answer["recoded"], answer["left"]) == (0, "split", CHUNKS, {})
+    assert answer["before_bytes"] == raw_bytes > answer["after_bytes"]
+    assert lmpipe("compress", node.run_dir, "--namespace", "11" * 32)[1].startswith("0 chunks are split now")
+    assert lmpipe("compress", node.run_dir, "--codec", "zip")[0] == 2
+    assert lmpipe("compress", node.run_dir, "--codec", "adaptive")[0] == 1, "there is no calibration"
+    assert "stay as they are" not in lmpipe("compress", node.run_dir)[1], "they are of that codec"
+    status, out, _ = lmpipe("decompress", node.run_dir, "--namespace", namespace)
+    assert (status, out.split(":")[0]) == (0, f"{CHUNKS} chunks are raw now")
+    status, out, _ = lmpipe("compress", node.run_dir, "--codec", "int4h", "--json")
+    assert (status, json.loads(out)["recoded"]) == (0, CHUNKS), "gather knows the layout from the engine"
+    status, out, _ = lmpipe("compress", node.run_dir, "--codec", "fp8", "--json")
+    assert json.loads(out)["left"] == {"the errors of two codecs would add up": CHUNKS}
+    assert lmpipe("decompress", node.run_dir)[0] == 0
+
+
 def test_clear(node: Node, lmpipe: Lmpipe, namespace: str) -> None:
     assert lmpipe("clear", node.run_dir, "--namespace", "11" * 32)[1] == "0 rows removed from dram\n"
     assert lmpipe("clear", node.run_dir, "--tier", "ssd")[0] == 1
@@ -115,7 +134,7 @@ def test_a_second_up_is_refused(node: Node, lmpipe: Lmpipe) -> None:
     assert node.status().state == "ready"
 
 
-@pytest.mark.parametrize("verb", ["status", "down", "clear"])
+@pytest.mark.parametrize("verb", ["status", "down", "clear", "compress", "decompress"])
 def test_no_such_node(lmpipe: Lmpipe, verb: str, tmp_path: Path) -> None:
     status, _, err = lmpipe(verb, "--run-dir", tmp_path)
     assert status == 3

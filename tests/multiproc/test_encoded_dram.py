@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from rig import CALM, CHUNK_TOKENS, Engine, Memory, assert_nothing_leaks, bytes_in_use, counters, until
-from rig import until_whole as until_whole
+from rig import CALM, CHUNK_TOKENS, Engine, Memory, assert_nothing_leaks, bytes_in_use, counters, until, until_whole
 
 from lmpipe.cli import main
 from lmpipe.codecs import CODECS
@@ -25,7 +24,7 @@ from lmpipe.testing import Node
 LAYOUT = KVLayout.paged(4, 2, 64, "bfloat16", 4)
 CHUNK_BYTES = LAYOUT.chunk_bytes(CHUNK_TOKENS)
 CODEC_NAMES = [c.name for c in CODECS.values() if c.number not in (Codec.RAW, Codec.ADAPTIVE)]
-LARGEST_ERROR = {"fp8": 0.05, "int4h": 0.25}
+LARGEST_ERROR = {"fp8": 0.0625, "int4h": 0.25}
 """Of a vector, against its length: a coarse look that it is the same one; the codecs' own tests state the bounds."""
 FIDELITY = {codec.name: codec.fidelity for codec in CODECS.values()}
 HOLDS_MORE = {"split": 1.1, "fp8": 1.3, "int4h": 1.7}
@@ -192,3 +191,23 @@ def test_equal_bytes_of_dram_hold_more(codec: str) -> None:
             hits[each] = sum(engine.load(engine.prompt(100 + number, chunks)).tokens for number in range(prompts))
             assert_nothing_leaks(node, 8)
     assert hits[codec] > HOLDS_MORE[codec] * hits["raw"], hits
+
+
+def test_exact_requests_are_served_from_below_where_dram_has_lost_something(tmp_path: Path) -> None:
+    changes = {"tiers": {"dram": {"codec": "int4h", "capacity": "8MiB"}, "ssd": {"codec": "split"}}, **CALM}
+    with Node(changes) as node, NumbersEngine(node.run_dir, "int4h") as engine:
+        prompt = engine.prompt(1, 10)
+        assert engine.save(prompt).wait(0)
+        assert engine.producer.flush(prompt, tiers=("ssd",))
+        until(lambda: encoded(node) == 10, "all is encoded")
+        result = engine.load(prompt)
+        assert (result.by_tier, result.fidelity) == ({Tier.DRAM: 10}, Fidelity.INT4H)
+        engine.memory.error = 0.0
+        for tier in (Tier.SSD, Tier.DRAM):  # what was brought up is kept as it is
+            with engine.producer.lookup(prompt, exact=True) as found:
+                ids = engine.memory.allocate(10, CHUNK_TOKENS)
+                result = engine.producer.load(found, engine.memory.pool, ids, deadline_ms=30_000)
+            assert (result.by_tier, result.fidelity, result.reason) == ({tier: 10}, Fidelity.EXACT, "")
+            assert engine.memory.wrong(prompt.keys, ids) == []
+            engine.memory.free(ids)
+        assert_nothing_leaks(node, 8)

@@ -52,7 +52,9 @@ class Bench:
         self.reader = IndexReader(path, Tier.DRAM, MAP_BYTES, self.node)
         self.tier = DramTier(self.arena, self.index, self.held, lambda: self.now_s)
 
-    def save(self, prompt: int, chunks: range, pending: int = 0, shard: int = 0, shards: int = 1) -> list[int]:
+    def save(
+        self, prompt: int, chunks: range, pending: int = 0, shard: int = 0, shards: int = 1, fidelity: int = 0
+    ) -> list[int]:
         """Save chunks of a prompt; returns the positions that became visible."""
         slots: list[int] = []
         for position in chunks:
@@ -65,7 +67,7 @@ class Bench:
             record["anchor"] = prompt.to_bytes(4, "little")
             record["position"], record["shard"], record["shards"] = position, shard, shards
             record["raw_bytes"] = record["nbytes"] = CHUNK_BYTES
-            record["namespace"] = prompt
+            record["namespace"], record["fidelity"], record["place"] = prompt, fidelity, slot.place
             self.arena.set_record(slot.index, record[0])
             assert self.arena.advance(slot, SlotEvent.CLOSE)
             slots.append(slot.index)
@@ -220,6 +222,73 @@ def test_a_known_chunk_is_not_kept_twice(bench: Bench) -> None:
     assert bench.arena.used_bytes == used and bench.found(1) == [0, 1]
 
 
+def fidelity_of(bench: Bench, position: int) -> int:
+    return int(np.frombuffer(bench.reader.run([bench.key(1, position)])[0], CHUNK)[0]["fidelity"])
+
+
+def test_a_more_exact_chunk_takes_the_place_of_a_less_exact_one(bench: Bench) -> None:
+    assert bench.save(1, range(2), fidelity=200) == [0, 1]
+    old = bench.slot(1, 0)
+    assert not bench.tier.has(bench.key(1, 0), 0, 100) and bench.tier.has(bench.key(1, 0), 0, 200)
+    assert bench.save(1, range(1), fidelity=200) == [], "as exact as what is there"
+    assert bench.save(1, range(1), fidelity=300) == [], "less exact"
+    assert bench.save(1, range(1), pending=1) == [0]
+    assert (fidelity_of(bench, 0), fidelity_of(bench, 1)) == (0, 200)
+    assert bench.arena.state(old.index)[1] is SlotState.FREE and bench.arena.used_bytes == 2 * CHUNK_BYTES
+    bench.tier.answered(bench.key(1, 0), 0, old.place, 1)
+    assert bench.tier.unpersisted == 1, "that was said of the former one"
+    bench.tier.answered(bench.key(1, 0), 0, bench.slot(1, 0).place, 1)
+    assert bench.tier.unpersisted == 0
+
+
+def test_what_was_brought_up_because_it_is_more_exact_is_not_encoded_again(bench: Bench) -> None:
+    bench.save(1, range(1), fidelity=200)
+    slot = bench.tier.reserve(CHUNK_BYTES, ME)
+    assert slot is not None and bench.arena.advance(slot, SlotEvent.OPEN)
+    record = bench.arena.record(bench.slot(1, 0).index)
+    record["fidelity"], record["place"] = 0, slot.place
+    bench.arena.set_record(slot.index, record)
+    bench.arena.advance(slot, SlotEvent.CLOSE)
+    assert bench.tier.commit([slot.index], 0, SessionId(0)) == [slot.index]
+    row = bench.tier.row(bench.key(1, 0))
+    assert row is not None and row.stays_raw == {0} and fidelity_of(bench, 0) == 0
+
+
+def test_who_reads_the_less_exact_one_keeps_it(bench: Bench) -> None:
+    bench.save(1, range(1), fidelity=200)
+    old = bench.slot(1, 0)
+    bench.held.words.add(old.place)
+    assert bench.save(1, range(1)) == [0]
+    assert bench.arena.state(old.index) == (old.generation, SlotState.DOOMED)
+    bench.held.words.clear()
+    bench.tier.tick()
+    assert bench.arena.state(old.index)[1] is SlotState.FREE
+
+
+def test_a_full_index_takes_both_of_them(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.save(1, range(1), fidelity=200)
+    with monkeypatch.context() as patched:
+        patched.setattr(bench.index, "put", lambda rows: False)
+        assert bench.save(1, range(1)) == []
+    assert bench.found(1) == [] and bench.arena.used_bytes == 0
+
+
+def test_of_two_copies_a_restart_keeps_the_more_exact(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.save(1, range(2), fidelity=200)
+    with monkeypatch.context() as patched:  # died before the former ones were ended
+        patched.setattr(bench.tier, "_end_replaced", lambda: None)
+        bench.save(1, range(2), fidelity=100)
+    bench.index.close()
+    bench.index = IndexWriter(bench.path, Tier.DRAM, MAP_BYTES, bench.node)
+    found = bench.arena.recover(lambda _: False)
+    assert len(found.committed) == 4
+    bench.tier = DramTier(bench.arena, bench.index, bench.held, lambda: bench.now_s)
+    bench.tier.load_rows(found.committed)
+    bench.index.publish()
+    assert (fidelity_of(bench, 0), fidelity_of(bench, 1)) == (100, 100)
+    assert bench.arena.used_bytes == 2 * CHUNK_BYTES
+
+
 def test_a_row_is_evicted_with_all_its_shards(bench: Bench) -> None:
     bench.save(1, range(2), shard=0, shards=2)
     assert all(len(bench.reader.run([bench.key(1, at)])[0]) == 72 for at in range(2)), "half a row"
@@ -271,6 +340,22 @@ def test_larger_chunks_find_room_in_pieces(bench: Bench) -> None:
     bench.tier.pin([bench.key(1, at) for at in (0, 3, 6)], 99.0)
     assert bench.tier.reserve(2 * CHUNK_BYTES, ME) is not None
     assert bench.tier.reserve(3 * CHUNK_BYTES, ME) is None, "the pins leave no window of three"
+
+
+def test_what_is_free_in_pieces_is_put_together_and_nothing_else_given_up(bench: Bench) -> None:
+    bench.save(1, range(8))
+    bench.tier.drop([bench.key(1, at) for at in (1, 3, 5)])
+    assert bench.tier.reserve(2 * CHUNK_BYTES, ME, more=2) is not None
+    assert len(bench.found(1)) == 4, "one neighbour had to go"
+
+
+def test_what_is_pending_is_not_evicted_for_what_can_wait(bench: Bench) -> None:
+    bench.save(1, range(6), pending=1)
+    bench.save(2, range(2))
+    assert bench.tier.reserve(2 * CHUNK_BYTES, ME, clean_only=True) is not None
+    assert (len(bench.found(1)), bench.found(2)) == (6, [])
+    assert bench.tier.reserve(CHUNK_BYTES, ME, clean_only=True) is None
+    assert len(bench.found(1)) == 6
 
 
 def test_restart_finds_what_was_committed(bench: Bench) -> None:
