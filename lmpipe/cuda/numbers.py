@@ -26,7 +26,7 @@ def finite(word: tl.tensor, DTYPE: tl.constexpr):
 
 @triton.jit
 def to_float(word: tl.tensor, DTYPE: tl.constexpr):
-    """Finite words as fp32, exactly."""
+    """Words as fp32, exactly."""
     if DTYPE == "bfloat16":
         number = (word.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     elif DTYPE == "float16":

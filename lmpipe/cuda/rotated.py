@@ -211,10 +211,12 @@ def _encode(
         where, there = vector_pointers(
             bases, page_ids, page_stride, pages, vector, live, WORD, ITEM, DIM, PADDED, PER_PAGE, ALIGNMENT
         )
-        word = tl.load(where, mask=there, other=0)
-        row = to_float(tl.where(finite(word, DTYPE), word, 0), DTYPE)
+        row = to_float(tl.load(where, mask=there, other=0), DTYPE)
         for step in tl.static_range(STEPS):
             row = _butterflies(row, 1 << step, TILE, PADDED)
+        # What is not finite stays so in every sum and difference, and large numbers may have become so.
+        good = finite(row.to(tl.uint32, bitcast=True), "float32")
+        row = tl.where(good, row, 0.0)
         # Adding zero makes a zero of minus zero, which of the two a minimum is depends on the order.
         lowest = tl.min(tl.where(inside, row, float("inf")), axis=1) * FACTOR + 0.0
         highest = tl.max(tl.where(inside, row, float("-inf")), axis=1) * FACTOR + 0.0
@@ -223,9 +225,9 @@ def _encode(
         base = _from_half(minimum)
         levels = tl.where(live, (1 << bits) - 1, 1).to(tl.float32)
         scale = _half_above(tl.div_rn(highest - base, levels))
-        inexact = tl.max((finite(word, DTYPE) == 0).to(tl.int32), axis=1)
+        infinite = tl.max((good == 0).to(tl.int32), axis=1)
         no_half = ((minimum & _HALF_INFINITY) == _HALF_INFINITY) | ((scale & _HALF_INFINITY) == _HALF_INFINITY)
-        tl.store(refused, 1, mask=tl.max(inexact | no_half.to(tl.int32), axis=0) > 0)
+        tl.store(refused, 1, mask=tl.max(infinite | no_half.to(tl.int32), axis=0) > 0)
         step_up = _from_half(scale)
         inverse = tl.where(step_up > 0, tl.div_rn(1.0, tl.where(step_up > 0, step_up, 1.0)), 0.0)
         code = nearest_integer((row * FACTOR - base[:, None]) * inverse[:, None]) & 0xFF

@@ -99,7 +99,7 @@ def encode(pages: DevicePages, ids: torch.Tensor, dst: torch.Tensor, *, programs
     Returns the number of bytes written, int64 `[1]` on the device.
 
     Raises:
-        CannotEncode: the pages do not hold bf16, fp16 or fp32, or more than 2 GiB.
+        CannotEncode: the pages do not hold bf16, fp16 or fp32, or 2 GiB or more.
         ValueError: `dst` is shorter than `bound`.
     """
     blocks = _Blocks.of(pages, ids, pages.layout.dtype)

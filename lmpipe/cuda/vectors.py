@@ -38,11 +38,13 @@ class Vectors:
         """The vectors of the pages with these ids.
 
         Raises:
-            CannotEncode: pages do not consist of vectors of numbers that codecs can read.
+            CannotEncode: pages do not consist of vectors of numbers that codecs can read, or hold 2 GiB or more.
         """
         layout = pages.layout
         if layout.dtype not in WORDS or layout.page[-1] != "dim" or layout.head_dim > native.MAX_HEAD_DIM:
             raise CannotEncode(f"pages of {layout.dtype} with axes {layout.page} hold no vectors that can be read here")
+        if layout.plane_count * len(ids) * layout.page_bytes >= 1 << 31:
+            raise CannotEncode(f"{len(ids)} pages are too many for one chunk")
         vector_bytes = layout.head_dim * ITEM_BYTES[layout.dtype]
         per_page = layout.page_bytes // vector_bytes
         padded = max(8, triton.next_power_of_2(layout.head_dim))

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[2] / "profiling" / "gpu_codecs.py"
 KERNELS = {
     "split": ("_measure", "_write", "_read"),
@@ -15,6 +17,7 @@ KERNELS = {
 }
 
 
+@pytest.mark.timeout(400)
 def test_all_kernels_compile_for_hopper(tmp_path: Path) -> None:
     """To machine code; pages are read and written 16 bytes at a time, and no operation is one that rounds otherwise."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -93,6 +93,15 @@ def test_what_no_scale_fits_is_refused(number: float, device: torch.device) -> N
     assert not encoded(engine, rotated.header(Codec.INT4H, engine.pages, PAGES))
 
 
+def test_numbers_that_the_rotation_makes_infinite_are_refused(device: torch.device) -> None:
+    """Here it leaves no infinity behind, only NaN, which comparisons pass over."""
+    layout = KVLayout.dense(1, 2, 16, "bfloat16")
+    values = torch.zeros(4 * PAGES * 16)
+    values[-16:-8] = torch.tensor([1.0, 1, -1, -1, 1, 1, 1, 1]) * 3e38
+    engine = Engine.of(layout, PAGES, device, as_payload(values, "bfloat16"))
+    assert not encoded(engine, rotated.header(Codec.INT4H, engine.pages, PAGES))
+
+
 @pytest.mark.parametrize("place", [1, 2 * 12 + 1])
 def test_a_scale_that_is_not_finite_is_found(place: int, device: torch.device) -> None:
     layout = KVLayout.dense(1, 2, 64, "bfloat16")
