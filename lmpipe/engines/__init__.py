@@ -48,6 +48,7 @@ def attach(
     load_deadline_ms: int | None = None,
     min_tokens: int = 0,
     copy_threads: int = 1,
+    exact: bool = False,
 ) -> Attachment:
     """Switch lmpipe on for an engine: `lmpipe.attach(model)`.
 
@@ -68,6 +69,7 @@ def attach(
         load_deadline_ms=load_deadline_ms,
         min_tokens=min_tokens,
         copy_threads=copy_threads,
+        exact=exact,
     )
     absent: list[str] = []
     for known, factory in adapters().items():

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
-from lmpipe.handles import Tier
+from lmpipe.handles import Fidelity, Tier
 from lmpipe.producer import Producer
 
 
@@ -19,7 +19,8 @@ class AttachOptions:
     without a cache ("bypass", with one log line for each reason) or raise `UnsupportedError` ("raise").
     `save_answers`: save the KV of generated tokens too. `load_deadline_ms`: what has not been loaded by then is
     computed (None: the node's setting). `min_tokens`: shorter prompts are neither looked up nor saved.
-    `copy_threads`: threads of this process that copy KV.
+    `copy_threads`: threads of this process that copy KV. `exact`: take no KV that lost information in a codec, nor any
+    that was computed on such; for one request, `generate(…, lmpipe_exact=True)`.
     """
 
     name: str | None = None
@@ -32,20 +33,22 @@ class AttachOptions:
     load_deadline_ms: int | None = None
     min_tokens: int = 0
     copy_threads: int = 1
+    exact: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class RequestInfo:
     """What lmpipe did for one request (all rows of a batch together).
 
-    `hit_tokens` were loaded instead of computed, `hit_by_tier` splits them; `saved_tokens` were handed to the
-    producer to be saved; `reason` is "loaded", "miss", "short", the producer's state when it was not ready, or why
-    the request went without a cache.
+    `hit_tokens` were loaded instead of computed, `hit_by_tier` splits them, `fidelity` is that of the least exact
+    (`handles.Fidelity`; 0: nothing was lost); `saved_tokens` were handed to the producer to be saved; `reason` is
+    "loaded", "miss", "short", the producer's state when it was not ready, or why the request went without a cache.
     """
 
     prompt_tokens: int = 0
     hit_tokens: int = 0
     hit_by_tier: dict[Tier, int] = field(default_factory=dict[Tier, int])
+    fidelity: int = Fidelity.EXACT
     loaded_bytes: int = 0
     lookup_ms: float = 0.0
     load_ms: float = 0.0

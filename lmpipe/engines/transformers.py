@@ -141,11 +141,14 @@ class TransformersAttachment:
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`model.generate`, with the longest saved prefix loaded before and new chunks saved after.
 
+        One argument is ours: `lmpipe_exact=True` takes no KV that lost information in a codec, or was computed on such.
+
         Raises:
             UnsupportedError: the call cannot be cached rightly, and `on_unsupported` is "raise".
         """
+        exact = bool(kwargs.pop("lmpipe_exact", False))
         try:
-            begun = self._begin(args, kwargs)
+            begun = self._begin(args, kwargs, exact)
         except UnsupportedError as error:
             self._refused(error)
             begun = None
@@ -166,7 +169,7 @@ class TransformersAttachment:
             self._trouble("after generate", error)
         return output
 
-    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pass | None:
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], exact: bool) -> Pass | None:
         """Look up and load. None: without the cache, for a reason that is not worth a word."""
         request = parse(self.model, self.original, args, kwargs)
         producer, shape = self._producers.current()
@@ -177,7 +180,7 @@ class TransformersAttachment:
             self.last = RequestInfo(sum(len(row.tokens) for row in request.rows), reason=skipped or "short")
             self._counts["skipped"] += 1
             return None
-        begun = Pass(request, producer, shape, lambda: DynamicCache(config=self.model.config))
+        begun = Pass(request, producer, shape, lambda: DynamicCache(config=self.model.config), exact)
         try:
             begun.load(self._options.load_deadline_ms)
         except TROUBLE as error:

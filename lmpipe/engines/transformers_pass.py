@@ -21,7 +21,7 @@ from lmpipe.engines import transformers_cache as kv
 from lmpipe.engines.adapter import RequestInfo
 from lmpipe.engines.transformers_request import Request, Row
 from lmpipe.errors import UnsupportedError
-from lmpipe.handles import Tier
+from lmpipe.handles import Fidelity, Tier
 from lmpipe.keys import Prompt
 from lmpipe.producer import Found, Producer, SaveTicket
 
@@ -31,20 +31,26 @@ SAVES_IN_FLIGHT = 16
 
 @dataclass(slots=True)
 class _Row:
-    """One prompt on its way: its keys, and how many of its tokens were loaded."""
+    """One prompt on its way: its keys, how many of its tokens were loaded, and how exact those are."""
 
     row: Row
     prompt: Prompt
     loaded: int = 0
+    fidelity: int = Fidelity.EXACT
 
 
 class Pass:
     """Looks up at once; `load`, then generate with `cache`, then `save`."""
 
     def __init__(
-        self, request: Request, producer: Producer, shape: kv.CacheShape, new_cache: Callable[[], DynamicCache]
+        self,
+        request: Request,
+        producer: Producer,
+        shape: kv.CacheShape,
+        new_cache: Callable[[], DynamicCache],
+        exact: bool,
     ) -> None:
-        self.request, self.producer = request, producer
+        self.request, self.producer, self._exact = request, producer, exact
         self._started = time.perf_counter()
         self._shape, self._new_cache = shape, new_cache
         self.cache = new_cache()
@@ -61,12 +67,12 @@ class Pass:
         self.cache = self._new_cache()
         self.info = RequestInfo(prompt_tokens=self.info.prompt_tokens, reason="load failed")
         for row in self._rows:
-            row.loaded = 0
+            row.loaded, row.fidelity = 0, Fidelity.EXACT
 
     @torch.no_grad()
     def load(self, deadline_ms: int | None) -> None:
         """Look up all rows and fill the cache with what they have in common; at least one column is left to compute."""
-        found = [self.producer.lookup(row.prompt) for row in self._rows]
+        found = [self.producer.lookup(row.prompt, exact=self._exact) for row in self._rows]
         looked = time.perf_counter()
         try:
             columns = min(row.row.pad + hit.tokens for row, hit in zip(self._rows, found, strict=True))
@@ -91,6 +97,7 @@ class Pass:
             chunks = -(-max(columns - pad, 0) // chunk)
             pages = kv.page_ids(chunks, chunk, pad, columns)
             result = self.producer.load(hit, tensors.pool(index), pages, deadline_ms=deadline_ms)
+            row.fidelity = result.fidelity
             reached = min(reached, pad + result.tokens)
             loaded_bytes += result.nbytes
             shortfall = shortfall or result.reason
@@ -99,6 +106,8 @@ class Pass:
             row.loaded = max(reached - row.row.pad, 0)
         hits = sum(row.loaded for row in self._rows)
         if not hits:
+            for row in self._rows:
+                row.fidelity = Fidelity.EXACT
             self.info = replace(self.info, reason=f"miss: {shortfall}")
             return
         tensors.into(self.cache, reached, self.request.expand)
@@ -106,6 +115,7 @@ class Pass:
             self.info,
             hit_tokens=hits,
             hit_by_tier={tier: chunks * chunk for tier, chunks in tiers.items()},
+            fidelity=max(row.fidelity for row in self._rows),
             loaded_bytes=loaded_bytes,
             reason=f"loaded in part: {shortfall}" if shortfall else "loaded",
         )
@@ -162,7 +172,9 @@ class Pass:
         start = row.row.pad + first * chunk
         pool = kv.saved_tensors(layers, at, start, start + chunks * chunk)
         pages = kv.page_ids(chunks, chunk, 0, chunks * chunk)
-        tickets.append(self.producer.save(prompt, pool, pages, first_chunk=first))
+        # What was computed on chunks that lost something is no more exact than they are.
+        ticket = self.producer.save(prompt, pool, pages, first_chunk=first, fidelity=row.fidelity, exact=self._exact)
+        tickets.append(ticket)
         return chunks * chunk
 
 

@@ -107,6 +107,7 @@ class ProducerSet:
             cache_salt=options.cache_salt,
             name="transformers",
             copy_threads=options.copy_threads,
+            exact=options.exact,
             wait_s=wait_s,
         )
 

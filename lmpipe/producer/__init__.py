@@ -31,7 +31,7 @@ from lmpipe import messages as m
 from lmpipe import native
 from lmpipe.books import NamespaceBook
 from lmpipe.errors import LayoutError
-from lmpipe.handles import ChunkRecords, SessionId, Tier
+from lmpipe.handles import ChunkRecords, Fidelity, SessionId, Tier
 from lmpipe.keys import Extra, Namespace, Prompt, namespace_id
 from lmpipe.layout import CHUNK_TOKENS, KVLayout
 from lmpipe.producer.accounts import Accounts, Event
@@ -40,6 +40,7 @@ from lmpipe.producer.attachment import TIERS, Attachment, Found, Wanted
 from lmpipe.producer.link import LeasePool, Link, slots_of
 from lmpipe.producer.loading import Loader, LoadResult
 from lmpipe.producer.saving import PageIds, Saver, SaveTicket, chunk_records
+from lmpipe.producer.wanted import ANY_FIDELITY
 from lmpipe.wire import VERSION
 
 __all__ = ["Found", "LoadResult", "MappedPages", "Producer", "SaveTicket"]
@@ -68,6 +69,8 @@ class Producer:
         saves: whether slots are wanted for saving private pages.
         copy_threads: native threads for each direction of copying.
         ttl_s: how long saved chunks stay valid; 0 for ever.
+        exact: never take chunks that lost information, or were computed on such (`Fidelity`); else only where the
+        topology or a lookup asks for it.
 
     Raises:
         LayoutError: the layout's pages do not divide the chunk.
@@ -95,6 +98,7 @@ class Producer:
         saves: bool = True,
         copy_threads: int = 1,
         ttl_s: int = 0,
+        exact: bool = False,
         wait_s: float = 0.0,
     ) -> None:
         if not 0 <= shard < shards:
@@ -106,6 +110,7 @@ class Producer:
             model, revision, layout.layout_id(), layout.dtype, 0, tenant, weights_epoch, rope, adapter, cache_salt
         )
         self._shard, self._shards, self._pages, self._saves = shard, shards, pages, saves
+        self._exact = exact
         self._configured_chunk, self._align = chunk_tokens, align_tokens
         self._set_chunk(chunk_tokens or layout.effective_chunk_tokens(CHUNK_TOKENS, align_tokens))
         self._ids = itertools.count(int.from_bytes(os.urandom(4), "little") << 24 | 1)
@@ -126,7 +131,9 @@ class Producer:
         self.chunk_pages = self.layout.chunk_pages(chunk_tokens)
         self.chunk_bytes = self.layout.chunk_bytes(chunk_tokens)
         self.namespace = replace(self._root, chunk_tokens=chunk_tokens).digest()
-        self._wanted = Wanted(self.layout.layout_id(), self.chunk_bytes, self._shard, self._shards)
+        layout = self.layout.layout_id()
+        self._wanted = Wanted(layout, self.chunk_bytes, self._shard, self._shards, ANY_FIDELITY)
+        self._exactly = Wanted(layout, self.chunk_bytes, self._shard, self._shards)
 
     def renew(self, weights_epoch: int) -> None:
         """The engine's weights are others from now on: prompts made so far find and save nothing any more."""
@@ -151,6 +158,12 @@ class Producer:
     def mapped(self) -> bool:
         """Whether a node's index and arena are mapped: then DRAM hits are served, also while all of lmpipe is dead."""
         return self._link.attachment is not None and self._link.state != "refused"
+
+    @property
+    def exact(self) -> bool:
+        """Whether every lookup is exact, because this producer was made so or the node's topology says so."""
+        attachment = self._link.attachment
+        return self._exact or (attachment is not None and attachment.info.topology.is_exact(self._root.tenant))
 
     def wait_ready(self, timeout_s: float) -> bool:
         """Wait until registered. False: still absent, or refused."""
@@ -191,29 +204,37 @@ class Producer:
         return Prompt.of(namespace, self.chunk_tokens, tokens, extras, root)
 
     def lookup(
-        self, prompt: Prompt, max_tokens: int | None = None, *, first_chunk: int = 0, again: bool = False
+        self,
+        prompt: Prompt,
+        max_tokens: int | None = None,
+        *,
+        first_chunk: int = 0,
+        again: bool = False,
+        exact: bool = False,
     ) -> Found:
         """The longest saved run from chunk `first_chunk` on, in whole chunks of at most the prompt's first `max_tokens`
         tokens, its DRAM part held until released or loaded.
 
         Served from maps of this process: no message, no lock shared with a writer. Any trouble is a miss. `again`:
         another process of this engine has looked it up and decided; it is neither weighed nor counted once more.
+        `exact`: only chunks that lost nothing and were computed on such. Else `Found.fidelity` says what is found, and
+        what is computed on it has to be saved with the fidelity of the load (`LoadResult.fidelity`).
         """
         limit = prompt.tokens if max_tokens is None else min(max_tokens, prompt.tokens)
-        found = self._find(
-            prompt.part(first_chunk) if first_chunk else prompt, limit // self.chunk_tokens - first_chunk
-        )
+        part = prompt.part(first_chunk) if first_chunk else prompt
+        found = self._find(part, limit // self.chunk_tokens - first_chunk, exact)
         if not again:
             found = self.admission.admit(found)
             self._accounts.count(lookups=1, lookup_tokens=prompt.tokens, hit_tokens=found.tokens)
         return found
 
-    def _find(self, prompt: Prompt, chunks: int) -> Found:
+    def _find(self, prompt: Prompt, chunks: int, exact: bool) -> Found:
         attachment = self._link.attachment
         if chunks <= 0 or attachment is None or prompt.root != self.namespace or not attachment.enter():
             return Found(self.chunk_tokens, m.no_chunks(), _EMPTY)
         try:
-            return attachment.lookup(prompt, chunks, self._wanted, next(self._ids))
+            wanted = self._exactly if exact or self.exact else self._wanted
+            return attachment.lookup(prompt, chunks, wanted, next(self._ids))
         finally:
             attachment.leave()
 
@@ -257,13 +278,21 @@ class Producer:
         return result
 
     def save(
-        self, prompt: Prompt, pool: native.PagePool | None, page_ids: PageIds, *, first_chunk: int = 0
+        self,
+        prompt: Prompt,
+        pool: native.PagePool | None,
+        page_ids: PageIds,
+        *,
+        first_chunk: int = 0,
+        fidelity: int = Fidelity.EXACT,
+        exact: bool = False,
     ) -> SaveTicket:
         """Save chunks [first_chunk, first_chunk + len(page_ids)) of a prompt; returns at once.
 
-        Chunks that are known are not saved again. With private pages (`pool` given) the memory must stay unchanged
-        until `ticket.copied` is set. With mapped pages (`pool` None) call `ticket.revoke()` before the engine gives a
-        page to somebody else.
+        `fidelity` is that of what they were computed on: the largest `LoadResult.fidelity` among the loads into their
+        prefix. Chunks that are known are not saved again; with `exact`, as for the lookup, those that are known less
+        exactly are replaced. With private pages (`pool` given) the memory must stay unchanged until `ticket.copied` is
+        set. With mapped pages (`pool` None) call `ticket.revoke()` before the engine gives a page to somebody else.
 
         Raises:
             ValueError: page ids that are not this pool's or not of this shape, or more chunks than the prompt has keys
@@ -286,7 +315,7 @@ class Producer:
         elif self.state != "ready" or prompt.root != self.namespace:
             self._saver.finish(ticket, "lmpipe absent")
         else:
-            self._saver.put(ticket, prompt, first_chunk, pool, page_ids)
+            self._saver.put(ticket, prompt, first_chunk, pool, page_ids, fidelity, exact or self.exact)
         return ticket
 
     def _check(self, pool: native.PagePool | None, page_ids: PageIds, chunk_tokens: int, lowest: int) -> None:
@@ -304,9 +333,9 @@ class Producer:
 
     # The rest of the verbs.
 
-    def prefetch(self, prompt: Prompt) -> int:
+    def prefetch(self, prompt: Prompt, *, exact: bool = False) -> int:
         """Ask for what lies below DRAM to be brought up. Returns the number of chunks asked for."""
-        with self.admission.admit(self._find(prompt, len(prompt.keys))) as found:
+        with self.admission.admit(self._find(prompt, len(prompt.keys), exact)) as found:
             below = found.records[found.tiers != 0]
         return len(below) if len(below) and self._link.post("load", m.Prefetch(self._session(), below)) else 0
 

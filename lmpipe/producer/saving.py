@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -37,15 +37,17 @@ LEASE_WAIT_S = 5.0
 PageIds = npt.NDArray[np.int32]
 
 
-def chunk_records(prompt: Prompt, first: int, count: int, wanted: Wanted, ttl_s: int = 0) -> ChunkRecords:
-    """Records of chunks [first, first + count) of a prompt as they are saved: raw, exact, nowhere yet."""
+def chunk_records(
+    prompt: Prompt, first: int, count: int, wanted: Wanted, ttl_s: int = 0, fidelity: int = Fidelity.EXACT
+) -> ChunkRecords:
+    """Records of chunks [first, first + count) of a prompt as they are saved: raw, nowhere yet."""
     now_s = int(time.time())
     records = np.zeros(count, CHUNK)
     records["key"] = np.ascontiguousarray(prompt.keys[first : first + count]).view("V16").ravel()
     records["anchor"] = np.ascontiguousarray(prompt.anchors(first)[:count]).view("V4").ravel()
     records["position"] = np.arange(first, first + count)
     records["shard"], records["shards"] = wanted.shard, wanted.shards
-    records["codec"], records["fidelity"] = Codec.RAW, Fidelity.EXACT
+    records["codec"], records["fidelity"] = Codec.RAW, fidelity
     records["layout"] = wanted.layout
     records["raw_bytes"] = records["nbytes"] = wanted.chunk_bytes
     records["saved_at"] = now_s
@@ -157,6 +159,8 @@ class _Job:
     ticket: SaveTicket
     prompt: Prompt
     records: ChunkRecords
+    known_as: Wanted
+    """What is known already need not be saved."""
     first: int
     pool: native.PagePool | None
     page_ids: PageIds
@@ -177,14 +181,23 @@ class Saver:
         self._thread.start()
 
     def put(
-        self, ticket: SaveTicket, prompt: Prompt, first: int, pool: native.PagePool | None, page_ids: PageIds
+        self,
+        ticket: SaveTicket,
+        prompt: Prompt,
+        first: int,
+        pool: native.PagePool | None,
+        page_ids: PageIds,
+        fidelity: int,
+        exact: bool,
     ) -> None:
         """Queue a save. Called on the engine's thread: no copy, no socket, no index read."""
         view = prompt.part(0)  # an engine's prompt goes on growing
-        records = chunk_records(prompt, first, ticket.chunks, self._wanted(), self._ttl_s)
+        records = chunk_records(prompt, first, ticket.chunks, self._wanted(), self._ttl_s, fidelity)
         ticket.used = partial(self._touch, "load", view, first + ticket.chunks)
         # The ids are copied: an engine's block table goes on changing.
-        job = _Job(ticket, view, records, first, pool, np.array(page_ids, np.int32, order="C"))
+        wanted = self._wanted()
+        known_as = replace(wanted, max_fidelity=fidelity) if exact else wanted
+        job = _Job(ticket, view, records, known_as, first, pool, np.array(page_ids, np.int32, order="C"))
         self.tickets[ticket.save_id] = ticket
         try:
             self._jobs.put_nowait(job)
@@ -231,7 +244,7 @@ class Saver:
 
     def _save(self, attachment: Attachment, job: _Job) -> None:
         ticket = job.ticket
-        known = min(attachment.known(job.prompt, job.first, self._wanted()), ticket.chunks)
+        known = min(attachment.known(job.prompt, job.first, job.known_as), ticket.chunks)
         if known:
             ticket.count(known=known)
         if ticket.done:

@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from lmpipe.handles import CHUNK, ChunkRecords
+from lmpipe.handles import CHUNK, ChunkRecords, Fidelity
+
+ANY_FIDELITY = (1 << 16) - 1
+"""Of who takes chunks however much they have lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +21,8 @@ class Wanted:
     chunk_bytes: int
     shard: int
     shards: int
-    max_fidelity: int = 0
+    max_fidelity: int = Fidelity.EXACT
+    """The most that it may have lost."""
     _pattern: npt.NDArray[np.uint64] = field(init=False, repr=False)
     _mask: npt.NDArray[np.uint64] = field(init=False, repr=False)
 

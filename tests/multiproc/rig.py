@@ -86,6 +86,8 @@ class Memory(PagedEngine):
 class Engine:
     """A producer and its memory. Whatever is loaded is compared with what its keys say."""
 
+    memory_kind: type[Memory] = Memory
+
     def __init__(
         self,
         run_dir: Path,
@@ -98,7 +100,7 @@ class Engine:
     ) -> None:
         """`pages_in`: a private directory; given, the pages are a segment there, and gather copies them."""
         segment = None if pages_in is None else pages_in / f"pages-{os.getpid()}-{time.monotonic_ns()}.shm"
-        self.memory = Memory(layout, pages, segment=segment)
+        self.memory = self.memory_kind(layout, pages, segment=segment)
         self.memory.shard = identity.get("shard", 0)
         identity = {"model": "test", **identity}
         self.producer = Producer(run_dir, layout, pages=self.memory.source, wait_s=wait_s, **identity)

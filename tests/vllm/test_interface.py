@@ -94,8 +94,8 @@ def _messages() -> list[Any]:
     result = LoadResult(64, 1, 4096, {Tier.SSD: 1}, "late", 0.5)
     return [
         Handshake(root, (layout, layout), (True, False), 32, 4),
-        SaveOrder(7, "a", keys, 1, blocks),
-        LoadOrder("b", keys, 0, blocks),
+        SaveOrder(7, "a", keys, 1, blocks, 200, False),
+        LoadOrder("b", keys, 0, blocks, True),
         Orders(b"root", 64, 5, [], [], ["c"], [7], ["d"], 100, 101),
         LoadReport("b", 2, result),
         Reports({7: (1, True)}, [LoadReport("b", 2, result)], (100, 0.25)),

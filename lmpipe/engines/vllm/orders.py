@@ -45,6 +45,10 @@ class SaveOrder:
     first: int
     blocks: tuple[BlockIds, ...]
     """By cache group."""
+    fidelity: int
+    """Of what the chunks were computed on."""
+    exact: bool
+    """Whether the request asks for exact KV."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,7 @@ class LoadOrder:
     keys: Keys
     first: int
     blocks: tuple[BlockIds, ...]
+    exact: bool
 
 
 @dataclass(slots=True)

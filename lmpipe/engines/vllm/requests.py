@@ -10,10 +10,13 @@ from vllm.v1.request import Request
 
 from lmpipe.engines.vllm.identity import adapter_of
 from lmpipe.engines.vllm.orders import BlockIds
+from lmpipe.engines.vllm.settings import PREFIX
 from lmpipe.errors import UnsupportedError
+from lmpipe.handles import Fidelity
 from lmpipe.keys import Extra, Prompt
 from lmpipe.producer import Found, Producer
 
+EXACT_SALT = "\0lmpipe.exact"
 NULL_BLOCK = 0
 """vLLM's block for tokens that no layer of a group attends to any more."""
 
@@ -25,6 +28,14 @@ class RequestState:
     request: Request
     adapter: str
     extras: tuple[Extra, ...]
+    salt: str
+    """The request's own, as it came."""
+    exact: bool
+    """It asks for KV that has lost nothing."""
+    apart: bool
+    """What it finds in vLLM's own prefix cache has lost nothing either (`keep_apart`)."""
+    fidelity: int = Fidelity.EXACT
+    """Of the KV that it computes on, and so of what it saves."""
     prompt: Prompt | None = None
     ordered: int = 0
     """Chunks from the start that are saved, or ordered to be."""
@@ -42,9 +53,8 @@ class RequestState:
         """Its keys, as far as its tokens are confirmed; made anew when the namespace or the chunk size has changed."""
         prompt, tokens = self.prompt, self.request.all_token_ids
         if prompt is None or prompt.root != producer.namespace:
-            salt = self.request.cache_salt or ""
             self.ordered = 0
-            prompt = producer.prompt(tokens[:], self.extras, adapter=self.adapter, cache_salt=salt)
+            prompt = producer.prompt(tokens[:], self.extras, adapter=self.adapter, cache_salt=self.salt)
         elif len(tokens) - prompt.tokens >= producer.chunk_tokens - prompt.tokens % producer.chunk_tokens:
             prompt.extend(tokens[prompt.tokens :])
         self.prompt = prompt
@@ -57,8 +67,15 @@ class RequestState:
             found.release()
 
 
-def state_of(request: Request, adapters: dict[tuple[str, str], str]) -> RequestState:
-    """The state of a new request.
+def asks_exact(request: Request) -> bool:
+    """Whether a request wants KV that has lost nothing."""
+    return bool((request.kv_transfer_params or {}).get(f"{PREFIX}exact"))
+
+
+def state_of(
+    request: Request, adapters: dict[tuple[str, str], str], salt: str, exact: bool, apart: bool
+) -> RequestState:
+    """The state of a new request. `salt`: what it came with; `exact`: as it asks; `apart`: whether it is kept apart.
 
     Raises:
         UnsupportedError: its KV depends on something that keys do not name; it is neither loaded nor saved.
@@ -78,7 +95,16 @@ def state_of(request: Request, adapters: dict[tuple[str, str], str]) -> RequestS
         )
         for feature in request.mm_features
     ]
-    return RequestState(request, adapter_of(request.lora_request, adapters), tuple(extras))
+    return RequestState(request, adapter_of(request.lora_request, adapters), tuple(extras), salt, exact, apart)
+
+
+def keep_apart(request: Request) -> None:
+    """Give a request a part of vLLM's own prefix cache that only such requests share: blocks there may have been filled
+    with KV that has lost something, or computed on it, and look like any others.
+    """
+    request.cache_salt = f"{request.cache_salt or ''}{EXACT_SALT}"
+    request.block_hashes.clear()
+    request.update_block_hashes()
 
 
 def blocks_of(block_ids: Sequence[int], per_chunk: int, first: int, last: int, from_token_block: int = 0) -> BlockIds:

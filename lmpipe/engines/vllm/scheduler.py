@@ -24,11 +24,11 @@ from vllm.v1.request import Request, RequestStatus
 
 from lmpipe.engines.vllm.events import EventLog
 from lmpipe.engines.vllm.orders import BlockIds, Handshake, LoadOrder, LoadReport, Orders, Reports, SaveOrder
-from lmpipe.engines.vllm.requests import RequestState, blocks_of, state_of
+from lmpipe.engines.vllm.requests import RequestState, asks_exact, blocks_of, keep_apart, state_of
 from lmpipe.engines.vllm.settings import Settings
 from lmpipe.engines.vllm.stats import Tally
 from lmpipe.errors import UnsupportedError
-from lmpipe.handles import Tier
+from lmpipe.handles import Fidelity, Tier
 from lmpipe.producer import Found, Producer
 from lmpipe.producer.attachment import TIERS
 
@@ -59,7 +59,12 @@ class _Open:
 
 
 class Scheduler:
-    """The scheduler's side. Without a handshake (no worker could register) it does nothing."""
+    """The scheduler's side. Without a handshake (no worker could register) it does nothing.
+
+    vLLM's own prefix cache does not know how exact the KV in its blocks is. So requests that ask for exact KV have a
+    part of it to themselves, and what others compute on blocks they found there counts as no more exact than the least
+    exact load that this engine has ever made.
+    """
 
     def __init__(self, settings: Settings, config: VllmConfig) -> None:
         assert config.kv_transfer_config is not None
@@ -83,6 +88,8 @@ class Scheduler:
         self._weights_epoch: int | None = None
         self._adapters: dict[tuple[str, str], str] = {}
         self._refused: set[str] = set()
+        self._least: int = Fidelity.EXACT
+        """Fidelity of the least exact load so far: what vLLM's prefix cache may hold."""
         self.tally = Tally()
         self.events = EventLog(config)
 
@@ -98,6 +105,7 @@ class Scheduler:
             align_tokens=hello.align_tokens,
             shards=hello.shards,
             saves=False,
+            exact=self._settings.exact,
         )
         self.events.attach(self._producer)
 
@@ -112,8 +120,12 @@ class Scheduler:
         producer = self._producer
         if producer is None:
             return
+        salt, exact = request.cache_salt or "", asks_exact(request)
+        apart = (exact and not self._settings.exact) or (producer.exact and bool(self._least))
+        if apart:
+            keep_apart(request)
         try:
-            state = state_of(request, self._adapters)
+            state = state_of(request, self._adapters, salt, exact, apart)
             prompt = state.keyed(producer)
         except UnsupportedError as error:
             self.tally.add(refused_requests=1)
@@ -123,7 +135,7 @@ class Scheduler:
             return
         self._states[request.request_id] = state
         if self._loads_wanted and not request.skip_reading_prefix_cache:
-            producer.prefetch(prompt)
+            producer.prefetch(prompt, exact=state.exact)
 
     def matched(self, request: Request, computed: int) -> int:
         """How many tokens after the `computed` ones can be loaded. Asked again for the same request, it looks again."""
@@ -131,11 +143,12 @@ class Scheduler:
         if state is None or producer is None:
             return 0
         state.release()
+        state.fidelity = self._least if computed and not state.apart else Fidelity.EXACT
         if not self._loads_wanted or state.failed or request.skip_reading_prefix_cache:
             return 0
         prompt = state.keyed(producer)
         first = computed // prompt.chunk_tokens
-        found = producer.lookup(prompt, first_chunk=first)
+        found = producer.lookup(prompt, first_chunk=first, exact=state.exact)
         tokens = first * prompt.chunk_tokens + found.tokens - computed
         if found.chunks == 0 or tokens <= 0:
             found.release()
@@ -157,8 +170,16 @@ class Scheduler:
             blocks_of(ids, chunk // size, first, last, state.computed // size)
             for ids, size in zip(block_ids, self._block_tokens, strict=True)
         )
-        self._loads.append(LoadOrder(request.request_id, state.prompt.keys[:last].copy(), first, blocks))
+        keys = state.prompt.keys[:last].copy()
+        self._loads.append(LoadOrder(request.request_id, keys, first, blocks, state.exact))
+        self._lost(state, state.found.fidelity)
         self._held[request.request_id], state.found = state.found, None
+
+    def _lost(self, state: RequestState | None, fidelity: int) -> None:
+        """KV of this fidelity goes into blocks: a request's, and so vLLM's prefix cache."""
+        self._least = max(self._least, fidelity)
+        if state is not None:
+            state.fidelity = max(state.fidelity, fidelity)
 
     def sources(self, request: Request, tokens: int) -> dict[CacheHitSource, int]:
         """Where the tokens of a load come from."""
@@ -257,7 +278,8 @@ class Scheduler:
         state.open.add(number)
         until_s = time.monotonic() + self._settings.free_deadline_ms / 1000
         self._open[number] = _Open(state, first, last, self._ranks, self._keep(blocks), until_s)
-        return SaveOrder(number, state.request.request_id, prompt.keys[:last].copy(), first, blocks)
+        keys = prompt.keys[:last].copy()
+        return SaveOrder(number, state.request.request_id, keys, first, blocks, state.fidelity, state.exact)
 
     def _keep(self, blocks: Sequence[BlockIds]) -> list[KVCacheBlock]:
         """Have vLLM keep the blocks of groups with a window: it would take them back while they are copied."""
@@ -321,6 +343,7 @@ class Scheduler:
     def _loaded(self, load: LoadReport, producer: Producer) -> None:
         producer.admission.observe_load(load.result)
         state = self._states.get(load.request)
+        self._lost(state, load.result.fidelity)
         if state is not None and load.failed:
             state.failed = True
             log.info("%d chunks of a request are computed: %s", load.wanted_chunks, load.result.reason)

@@ -27,7 +27,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     keeps caches apart. `pages`: "shared" puts the KV cache into shared memory, where gather copies saves from it;
     "private" has this process copy them. `copy_threads`: threads of a worker that copy. `load_deadline_ms`: what has
     not come by then is computed (None: the node's setting). `free_deadline_ms`: how long the blocks of a finished
-    request may wait for its saves. `any_version`: run with a vLLM that was not tested.
+    request may wait for its saves. `exact`: load no KV that lost information in a codec, nor any that was computed on
+    such; for one request, `lmpipe.exact` in its `kv_transfer_params`. `any_version`: run with a vLLM that was not
+    tested.
     """
 
     node: str = DEFAULT_NODE
@@ -37,6 +39,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     copy_threads: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
     load_deadline_ms: Annotated[int, msgspec.Meta(ge=0)] | None = None
     free_deadline_ms: Annotated[int, msgspec.Meta(ge=0)] = 1000
+    exact: bool = False
     any_version: bool = False
 
     @property

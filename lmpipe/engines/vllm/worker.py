@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -152,6 +152,7 @@ class Worker:
                 shards=shards,
                 pages=source,
                 copy_threads=self._settings.copy_threads,
+                exact=self._settings.exact,
             )
             self._groups.append(_Group(group, pool, producer))
         layouts, windowed = tuple(group.layout for group in groups), tuple(group.windowed for group in groups)
@@ -229,14 +230,12 @@ class Worker:
             prompt = Prompt.of_keys(root, chunk_tokens, order.keys)
             done: list[LoadResult] = []
             for group, blocks in zip(self._groups, order.blocks, strict=True):
-                found = group.producer.lookup(prompt, first_chunk=order.first, again=True)
+                found = group.producer.lookup(prompt, first_chunk=order.first, again=True, exact=order.exact)
                 deadline_ms = self._settings.load_deadline_ms
                 done.append(group.producer.load(found, group.pool, blocks, deadline_ms=deadline_ms))
             result = _together(done, time.monotonic() - started_s)
             if result.chunks < wanted and not result.reason:
-                result = LoadResult(
-                    result.tokens, result.chunks, result.nbytes, result.by_tier, "evicted before it was copied", 0.0
-                )
+                result = replace(result, reason="evicted before it was copied", seconds=0.0)
         except Exception:
             log.critical("a bug: this load is given up, its tokens are computed", exc_info=True)
         return LoadReport(order.request, wanted, result)
@@ -266,7 +265,10 @@ class Worker:
         for group, blocks in zip(self._groups, order.blocks, strict=True):
             producer, pool = group.producer, None if self._shared else group.pool
             try:
-                save.tickets.append((producer, producer.save(prompt, pool, blocks, first_chunk=order.first)))
+                ticket = producer.save(
+                    prompt, pool, blocks, first_chunk=order.first, fidelity=order.fidelity, exact=order.exact
+                )
+                save.tickets.append((producer, ticket))
             except ValueError:  # made before a node with another chunk size was found
                 log.warning("a save is dropped", exc_info=True)
                 save.lost = True
@@ -309,4 +311,5 @@ def _together(results: Iterable[LoadResult], seconds: float) -> LoadResult:
         for tier, chunks in part.by_tier.items():
             by_tier[tier] = max(by_tier.get(tier, 0), chunks)
     nbytes = sum(part.nbytes for part in parts)
-    return LoadResult(least.tokens, least.chunks, nbytes, by_tier, least.reason, seconds)
+    fidelity = max(part.fidelity for part in parts)
+    return LoadResult(least.tokens, least.chunks, nbytes, by_tier, least.reason, seconds, fidelity)
