@@ -7,7 +7,7 @@
     namespace lmpipe::level {                                                                                   \
     SplitRow split_encode(SplitForm form, const uint8_t *numbers, size_t groups, size_t pads, uint8_t *block);  \
     bool split_decode(SplitForm form, const uint8_t *block, const uint8_t *escapes, size_t groups,              \
-                      SplitRow row, uint8_t *numbers);                                                          \
+                      SplitRow row, uint8_t *numbers, bool stream);                                             \
     }
 
 #define LMPIPE_KERNELS(level)                                                                                   \

@@ -53,17 +53,17 @@ struct Kernels {
     // Writes rest, planes and escapes of `groups` groups to `block`, which has room for 6 bytes a number and a group more.
     // The last `pads` numbers are zeros that do not count. SPLIT_RAW: no number of bits is shorter than the numbers.
     SplitRow (*split_encode)(SplitForm form, const uint8_t *numbers, size_t groups, size_t pads, uint8_t *block);
-    // The inverse. False if codes and row differ in the number of escapes. `escapes` has room for all numbers and one more.
-    // Writes with streaming stores: store_fence() must follow.
+    // The inverse. False if codes and row differ in the number of escapes. `escapes` has room for all numbers and one group
+    // more. With `stream`, `numbers` is aligned to a line, and store_fence() must follow.
     bool (*split_decode)(SplitForm form, const uint8_t *block, const uint8_t *escapes, size_t groups, SplitRow row,
-                         uint8_t *numbers);
+                         uint8_t *numbers, bool stream);
 
     // Codecs of vectors: n vectors of dim numbers of a dtype. fp8: an exponent and dim codes for each.
     // False: a number is NaN or infinite.
     bool (*fp8_encode)(const uint8_t *from, unsigned dtype, size_t n, size_t dim, uint8_t *exponents, uint8_t *codes);
     // False: an exponent is over FP8_TOP_EXPONENT.
     bool (*fp8_decode)(const uint8_t *exponents, const uint8_t *codes, unsigned dtype, size_t n, size_t dim, uint8_t *to);
-    // Vector i has bits[i] planes, 1 to 8; scales and minima are fp16. False: a number is NaN or infinite, or a scale or
+    // Vector i has bits[i] planes, 3, 4 or 8; scales and minima are fp16. False: a number is NaN or infinite, or a scale or
     // a minimum does not fit.
     bool (*rotated_encode)(const uint8_t *from, unsigned dtype, size_t n, size_t dim, const uint8_t *bits,
                            uint8_t *scales, uint8_t *minima, uint8_t *planes);

@@ -12,7 +12,7 @@
 namespace lmpipe {
 namespace {
 
-constexpr size_t ROW_BYTES = sizeof(SplitRow);
+constexpr size_t ROW_BYTES = sizeof(SplitRow), LINE_BYTES = 64;
 static_assert(ROW_BYTES == 8);
 
 // The pieces of a block of `n` numbers: rest, planes, escapes. `rest` is bytes per number and then planes.
@@ -136,16 +136,21 @@ bool decode_block(const Form &form, const SplitRow &row, const uint8_t *block, s
         return true;
     }
     const size_t groups = (n + SPLIT_GROUP - 1) / SPLIT_GROUP;
+    const bool whole = n % SPLIT_GROUP == 0, aligned = reinterpret_cast<uintptr_t>(numbers) % LINE_BYTES == 0;
     std::memcpy(room.escapes, block + bytes - row.escapes, row.escapes);
-    if (n % SPLIT_GROUP == 0) return kernels().split_decode(form.form, block, room.escapes, groups, row, numbers);
-    std::memset(room.block, 0, sizeof room.block);
-    each_piece(form, n, groups, row.bits, [&](size_t wide, size_t narrow, size_t piece_bytes, bool is_plane) {
-        std::memcpy(room.block + wide, block + narrow, piece_bytes);
-        if (is_plane && n % 8) room.block[wide + piece_bytes - 1] &= static_cast<uint8_t>((1 << n % 8) - 1);
-    });
-    const bool right = kernels().split_decode(form.form, room.block, room.escapes, groups, row, room.numbers);
-    std::memcpy(numbers, room.numbers, n * form.item_bytes);
-    return right;
+    if (!whole) {
+        std::memset(room.block, 0, sizeof room.block);
+        each_piece(form, n, groups, row.bits, [&](size_t wide, size_t narrow, size_t piece_bytes, bool is_plane) {
+            std::memcpy(room.block + wide, block + narrow, piece_bytes);
+            if (is_plane && n % 8) room.block[wide + piece_bytes - 1] &= static_cast<uint8_t>((1 << n % 8) - 1);
+        });
+        block = room.block;
+    }
+    const bool direct = whole && aligned;
+    uint8_t *const to = direct ? numbers : room.numbers;
+    if (!kernels().split_decode(form.form, block, room.escapes, groups, row, to, direct)) return false;
+    if (!direct) copy(room.numbers, numbers, n * form.item_bytes);
+    return true;
 }
 
 // Rows are read once, and checked before anything is read or written by them: another process may be writing to src.

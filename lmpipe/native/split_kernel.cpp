@@ -469,7 +469,7 @@ void join(const uint8_t *block, size_t groups, const uint8_t *exponent, uint8_t 
 }
 
 template <SplitForm FORM>
-bool decode(const uint8_t *block, const uint8_t *escapes, size_t groups, SplitRow row, uint8_t *numbers) {
+bool decode(const uint8_t *block, const uint8_t *escapes, size_t groups, SplitRow row, uint8_t *numbers, bool stream) {
     alignas(64) uint8_t exponent[SPLIT_NUMBERS + SPLIT_GROUP];
     const uint8_t *planes = block + groups * Numbers<FORM>::REST_BYTES;
     const size_t block_bytes = groups * (Numbers<FORM>::REST_BYTES + row.bits * SPLIT_GROUP / 8) + row.escapes;
@@ -478,10 +478,10 @@ bool decode(const uint8_t *block, const uint8_t *escapes, size_t groups, SplitRo
           : row.bits == 3 ? read_codes<3>(planes, groups, row.top, escapes, row.escapes, exponent)
                           : read_codes<4>(planes, groups, row.top, escapes, row.escapes, exponent)))
         return false;
-    if ((uintptr_t)numbers % 64)
-        join<FORM, false>(block, groups, exponent, numbers);
-    else
+    if (stream)
         join<FORM, true>(block, groups, exponent, numbers);
+    else
+        join<FORM, false>(block, groups, exponent, numbers);
     return true;
 }
 
@@ -495,10 +495,11 @@ SplitRow split_encode(SplitForm form, const uint8_t *numbers, size_t groups, siz
     return encode<SplitForm::fp32>(numbers, groups, pads, block);
 }
 
-bool split_decode(SplitForm form, const uint8_t *block, const uint8_t *escapes, size_t groups, SplitRow row, uint8_t *numbers) {
-    if (form == SplitForm::bf16) return decode<SplitForm::bf16>(block, escapes, groups, row, numbers);
-    if (form == SplitForm::fp16) return decode<SplitForm::fp16>(block, escapes, groups, row, numbers);
-    return decode<SplitForm::fp32>(block, escapes, groups, row, numbers);
+bool split_decode(SplitForm form, const uint8_t *block, const uint8_t *escapes, size_t groups, SplitRow row, uint8_t *numbers,
+                  bool stream) {
+    if (form == SplitForm::bf16) return decode<SplitForm::bf16>(block, escapes, groups, row, numbers, stream);
+    if (form == SplitForm::fp16) return decode<SplitForm::fp16>(block, escapes, groups, row, numbers, stream);
+    return decode<SplitForm::fp32>(block, escapes, groups, row, numbers, stream);
 }
 
 }  // namespace lmpipe::LMPIPE_LEVEL

@@ -65,8 +65,8 @@ def encode_block(raw: bytes, dtype: str) -> tuple[int, int, int, bytes]:
         top = place_window(exponent, bits)
         escape = (1 << bits) - 1
         code = ((top - exponent) % 256).clamp(max=escape)
-        escaped = exponent[code == escape].tolist()
-        block = rest + planes(code, bits) + bytes(escaped)
+        escaped = octets(exponent[code == escape])
+        block = rest + planes(code, bits) + escaped
         if len(block) < len(best[3]):
             best = (top, bits, len(escaped), block)
     return best
@@ -103,7 +103,7 @@ def take_apart(n: torch.Tensor, dtype: str) -> tuple[torch.Tensor, bytes]:
 
 def octets(n: torch.Tensor) -> bytes:
     """One byte each."""
-    return bytes(n.tolist())
+    return n.to(torch.uint8).numpy().tobytes()
 
 
 def planes(code: torch.Tensor, bits: int) -> bytes:
