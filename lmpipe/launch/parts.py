@@ -124,6 +124,7 @@ class Parts:
     @cached_property
     def _coding(self) -> Coding:
         return Coding(
+            encodes=self._topology.tiers.dram.codec != "raw",
             wanted=self._choice.dram,
             named=partial(configured, self._topology),
             is_exact=lambda namespace: self._topology.is_exact(self._namespaces.tenant_of(namespace)),

@@ -19,11 +19,8 @@ caller.
 
 from __future__ import annotations
 
-import struct
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -32,10 +29,7 @@ from lmpipe.handles import CHUNK, ChunkRecords, Codec, SessionId, Slot
 from lmpipe.index import IndexWriter, index_key
 from lmpipe.lifecycle import SlotEvent, SlotState
 from lmpipe.shm.slots import SlotOwner
-
-_NUMBERS = struct.Struct("<28xHH8xIIQ16x")
-"""Of a chunk record (handles.py): codec, fidelity, raw_bytes, nbytes, place."""
-assert _NUMBERS.size == CHUNK.itemsize
+from lmpipe.tiers.row import Row, encoded_away, fidelity_of, has_expired, place_of
 
 
 class HeldSlots(Protocol):
@@ -44,31 +38,6 @@ class HeldSlots(Protocol):
     def held(self) -> frozenset[int]:
         """Hold words (`Slot.place`) of every living session, read after a fence."""
         ...
-
-
-@dataclass(slots=True)
-class Row:
-    """One chunk in DRAM. `records`, `slots` and `savers` are by shard."""
-
-    key: bytes
-    shards: int
-    tick: int
-    slots: dict[int, int] = field(default_factory=dict[int, int])
-    records: dict[int, bytes] = field(default_factory=dict[int, bytes])
-    savers: dict[int, SessionId] = field(default_factory=dict[int, SessionId])
-    """The session that hears what becomes of the shard below; 0: none."""
-    pinned_until_s: float = 0.0
-    stays_raw: set[int] = field(default_factory=set[int])
-    """Shards that are not to be encoded again unasked: it was tried, or they are wanted as they are."""
-
-    @property
-    def value(self) -> bytes:
-        """The row as the index stores it: the shards' records in order."""
-        return b"".join(self.records[shard] for shard in sorted(self.records))
-
-    def is_held(self, held: frozenset[int]) -> bool:
-        """Whether any shard's slot is among these hold words."""
-        return any(_place(record) in held for record in self.records.values())
 
 
 class DramTier:
@@ -109,9 +78,9 @@ class DramTier:
     def has(self, key: bytes, shard: int, fidelity: int) -> bool:
         """Whether this shard of the chunk is in DRAM, still valid, and at least as exact as that."""
         row = self.row(key)
-        if row is None or shard not in row.records or _has_expired(row.records[shard]):
+        if row is None or shard not in row.records or has_expired(row.records[shard]):
             return False
-        return _fidelity(row.records[shard]) <= fidelity
+        return fidelity_of(row.records[shard]) <= fidelity
 
     def load_rows(self, slots: Iterable[int], doomed: Iterable[int] = ()) -> list[int]:
         """Rebuild rows from committed slots after a restart, oldest first, tails before heads. Returns the slots with
@@ -177,10 +146,10 @@ class DramTier:
         key, shard = index_key(record.tobytes()), int(record["shard"])
         row = self.row(key)
         if row is not None and shard in row.records:
-            if _has_expired(row.records[shard]):
+            if has_expired(row.records[shard]):
                 self._remove(key)
                 row = None
-            elif int(record["fidelity"]) < _fidelity(row.records[shard]):
+            elif int(record["fidelity"]) < fidelity_of(row.records[shard]):
                 self._replaced.append(row.slots[shard])
                 self._count(row.records[shard], -1)
                 if not saver:
@@ -214,7 +183,7 @@ class DramTier:
         if (
             row is None
             or shard not in row.slots
-            or _place(row.records[shard]) != old.place
+            or place_of(row.records[shard]) != old.place
             or self.arena.pending(old.index)
         ):
             self.arena.free(new)
@@ -233,10 +202,10 @@ class DramTier:
         return row if stored else None
 
     def _count(self, record: bytes, sign: int) -> None:
-        codec, _, raw_bytes, nbytes, _ = _NUMBERS.unpack(record)
-        if codec != Codec.RAW:
+        saved_bytes = encoded_away(record)
+        if saved_bytes is not None:
             self.encoded_chunks += sign
-            self.saved_bytes += sign * (raw_bytes - nbytes)
+            self.saved_bytes += sign * saved_bytes
 
     def _file(self, row: Row) -> None:
         """Put a row at the recent end of the queue it belongs to."""
@@ -269,7 +238,7 @@ class DramTier:
         chunk is gone.
         """
         row = self.row(key)
-        if row is None or shard not in row.slots or _place(row.records[shard]) != place:
+        if row is None or shard not in row.slots or place_of(row.records[shard]) != place:
             return None
         if not self.arena.clear_pending(row.slots[shard], bits) and key in self._dirty:
             self._file(row)
@@ -313,7 +282,7 @@ class DramTier:
         by_slot = {slot: row for queue in queues for row in queue.values() for slot in row.slots.values()}
         found = [window for window in self.arena.window(nbytes) if by_slot.keys() >= set(window)]
         windows = [[by_slot[slot] for slot in window] for window in found]
-        windows = [rows for rows in windows if all(_may_go(row, now_s, held) for row in rows)]
+        windows = [rows for rows in windows if all(row.may_go(now_s, held) for row in rows)]
         yield from sorted(windows, key=lambda rows: max(row.tick for row in rows))
 
     def _least_recent(self, nbytes: int, now_s: float, queues: Sequence[OrderedDict[bytes, Row]]) -> list[Row]:
@@ -323,7 +292,7 @@ class DramTier:
         freed = 0
         for queue in queues:
             for row in queue.values():
-                if not _may_go(row, now_s, held):
+                if not row.may_go(now_s, held):
                     continue
                 batch.append(row)
                 freed += sum(self.arena.capacity(slot) for slot in row.slots.values())
@@ -350,7 +319,7 @@ class DramTier:
         rows = (row for queue in (self._clean, self._dirty) for row in queue.values())
         if not namespace:
             return [row.key for row in rows]
-        return [row.key for row in rows if int(_first_record(row)["namespace"]) == namespace]
+        return [row.key for row in rows if row.namespace == namespace]
 
     def names(self, namespace: int = 0) -> list[tuple[bytes, int]]:
         """The same with every shard that is there, least recent first."""
@@ -424,26 +393,3 @@ class DramTier:
                     if state is not SlotState.COMMITTED or index_key(self.arena.record(index).tobytes()) != row.key:
                         wrong.append(f"row {row.key.hex()} shard {shard}: slot {index} is {state.name}")
         return wrong
-
-
-def _may_go(row: Row, now_s: float, held: frozenset[int]) -> bool:
-    """Whether eviction may take a row: neither pinned nor held."""
-    return row.pinned_until_s <= now_s and not (held and row.is_held(held))
-
-
-def _place(record: bytes) -> int:
-    return _NUMBERS.unpack(record)[4]
-
-
-def _fidelity(record: bytes) -> int:
-    return _NUMBERS.unpack(record)[1]
-
-
-def _has_expired(record: bytes) -> bool:
-    """Whether the time that its saver gave a chunk is over: lookups pass it by, so it must not stand in the way."""
-    expires_s = int(np.frombuffer(record, CHUNK)[0]["expires_at"])
-    return expires_s != 0 and expires_s <= time.time()
-
-
-def _first_record(row: Row) -> np.void:
-    return np.frombuffer(next(iter(row.records.values())), CHUNK)[0]

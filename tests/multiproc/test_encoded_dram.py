@@ -136,7 +136,7 @@ def test_gather_killed_while_it_encodes_loses_nothing(node: Node, engine: Engine
     draw = random.Random(5)
     kept = engine.prompt(4, 24)
     assert engine.save(kept).wait(0)
-    for turn in range(12):
+    for turn in range(8):
         order = "decompress" if turn % 2 else "compress"
         with ThreadPoolExecutor(1) as pool:
             asked = pool.submit(main, [order, str(node.run_dir), "--timeout", "1"])

@@ -19,6 +19,7 @@ from lmpipe import messages as m
 from lmpipe.books import LayoutBook
 from lmpipe.bus import Peer
 from lmpipe.codecs import CODECS, ChunkCodec, Source, codec_named
+from lmpipe.codecs.zstd import ZstdCodec
 from lmpipe.errors import CannotEncode, FormatError
 from lmpipe.handles import CHUNK, Codec, Fidelity, SessionId, Slot, Tier
 from lmpipe.index import IndexReader, IndexWriter
@@ -113,7 +114,7 @@ class Bench:
         self.index = IndexWriter(self.path, Tier.DRAM, 1 << 20, self.node)
         self.tier = DramTier(self.arena, self.index, self, lambda: 0.0)
         named = {codec.name: codec for codec in (*CODECS.values(), Half())}
-        coding = Coding(lambda _: self.wanted, named.__getitem__, lambda _: self.exact, self.book)
+        coding = Coding(True, lambda _: self.wanted, named.__getitem__, lambda _: self.exact, self.book)
         self.recoder = Recoder(cast(Context, self.hands), self.tier, coding)
 
     def held(self) -> frozenset[int]:
@@ -354,6 +355,20 @@ def test_there_and_back_by_order(bench: Bench) -> None:
 def test_an_order_that_cannot_be(bench: Bench) -> None:
     answer = bench.order("gzip")
     assert isinstance(answer, m.Refused) and "no codec 'gzip'" in answer.reason
+
+
+def test_an_answer_names_no_more_reasons_than_fit(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.save(range(CHUNKS))
+    monkeypatch.setattr(ZstdCodec, "encode", _refuse)
+    answer = bench.order("zstd")
+    assert (
+        isinstance(answer, m.Recoded) and sum(answer.left.values()) == CHUNKS and answer.left["for other reasons"] == 8
+    )
+    assert m.decode(m.encode(answer)) == answer
+
+
+def _refuse(codec: object, src: memoryview, dst: memoryview, source: Source) -> int:
+    raise CannotEncode(f"chunk {source.position} " + "x" * 1000)
 
 
 def test_fidelity_is_never_better_than_it_was(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,8 @@ from lmpipe.tiers.dram import DramTier
 LOOKS = 1024
 """How many chunks one step looks at, of which it begins with one at most."""
 ORDERS = 16
+REASONS, REASON_LETTERS = 16, 200
+"""Of an order's answer: codecs may say what is wrong with each chunk."""
 SPARE_NAMES = 4096
 """So many more names than rows may wait before those of rows that are gone are thrown out."""
 
@@ -41,6 +43,8 @@ SPARE_NAMES = 4096
 class Coding:
     """What gather has to know of codecs."""
 
+    encodes: bool
+    """Whether the topology wants any chunk encoded in DRAM."""
     wanted: Callable[[int], ChunkCodec]
     """The codec that the topology wants in DRAM for the chunks of a namespace id."""
     named: Callable[[str], ChunkCodec]
@@ -65,6 +69,9 @@ class _Order:
 
     def leave(self, reason: str) -> None:
         """One chunk stays as it is."""
+        reason = reason[:REASON_LETTERS]
+        if reason not in self.left and len(self.left) >= REASONS:
+            reason = "for other reasons"
         self.left[reason] = self.left.get(reason, 0) + 1
 
 
@@ -99,6 +106,8 @@ class Recoder:
 
         Those that come together go by address: what each leaves of its room then grows together with the next one's.
         """
+        if not self._coding.encodes:
+            return
         self._due.update(dict.fromkeys(sorted(names, key=self._offset)))
         if len(self._due) > len(self._dram) + SPARE_NAMES:
             self._due = {name: None for name in self._due if self._dram.row(name[0]) is not None}
@@ -131,6 +140,7 @@ class Recoder:
 
     def step(self) -> bool:
         """Begin with a chunk, if none is worked on. Returns whether there is more to look at, at once."""
+        held: frozenset[int] | None = None  # read once for all of them
         for _ in range(LOOKS):
             if self._working:
                 return False
@@ -139,13 +149,14 @@ class Recoder:
             elif self._due:
                 name = next(iter(self._due))
                 del self._due[name]
-                self._consider(name)
+                held = self._dram.held() if held is None else held
+                self._consider(name, held)
             else:
                 return False
         return not self._working
 
-    def _consider(self, name: Name) -> None:
-        """Make a raw chunk smaller, if it is still there and can be."""
+    def _consider(self, name: Name, held: frozenset[int]) -> None:
+        """Make a raw chunk smaller, if it is still there, nobody holds it, and it can be."""
         row = self._dram.row(name[0])
         if row is None or name[1] not in row.records or name[1] in row.stays_raw:
             return
@@ -157,7 +168,7 @@ class Recoder:
             return
         if codec.numeric and self._coding.layouts.find(int(record["layout"])) is None:
             self._unlaid.setdefault(int(record["layout"]), []).append(name)
-        elif row.is_held(self._dram.held()):
+        elif row.is_held(held):
             self._held.append(name)
         else:
             self._begin(name, record, codec, None)
