@@ -21,7 +21,6 @@ constexpr size_t WIDTH = 32;
 constexpr size_t WIDTH = 16;
 #endif
 constexpr size_t PARTS = SPLIT_GROUP / WIDTH;
-constexpr size_t GROUPS = SPLIT_NUMBERS / SPLIT_GROUP;
 constexpr size_t SAMPLED_GROUPS = 17;
 constexpr size_t TOPS = 64;
 constexpr size_t PREFETCH_BYTES = 8192;
@@ -42,8 +41,6 @@ LMPIPE_INLINE Part pick(Part a, Part b, Part where) { return (a & where) | (b & 
 // Shifts of 16 bits are one instruction, those of 8 are not: the caller masks what the neighbour shifted in.
 LMPIPE_INLINE Part shift_left(Part x, int by) { return (Part)((Pairs)x << by); }
 LMPIPE_INLINE Part shift_right(Part x, int by) { return (Part)((Pairs)x >> by); }
-
-LMPIPE_INLINE size_t first_of(uint64_t bits) { return bits ? (size_t)__builtin_ctzll(bits) : 64; }
 
 LMPIPE_INLINE Part lesser(Part a, Part b) {
 #if defined(__AVX512BW__)
@@ -123,7 +120,7 @@ constexpr Part COUNTING = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 1
 
 // Numbers of two bytes to their low and high bytes, and back.
 LMPIPE_INLINE void part_pairs(const uint8_t *from, Part &low, Part &high) {
-    const Pairs a = load<Pairs>(from), b = load<Pairs>(from + WIDTH);
+    [[maybe_unused]] const Pairs a = load<Pairs>(from), b = load<Pairs>(from + WIDTH);
 #if defined(__AVX512VBMI__)
     low = (Part)_mm512_permutex2var_epi8((__m512i)a, (__m512i)(COUNTING + COUNTING), (__m512i)b);
     high = (Part)_mm512_permutex2var_epi8((__m512i)a, (__m512i)(COUNTING + COUNTING + 1), (__m512i)b);
@@ -192,10 +189,6 @@ LMPIPE_INLINE Lanes load_lanes(const uint8_t *from) {
     Lanes x;
     for (size_t p = 0; p < PARTS; p++) x.part[p] = load<Part>(from + p * WIDTH);
     return x;
-}
-
-LMPIPE_INLINE void store_lanes(uint8_t *to, const Lanes &x) {
-    for (size_t p = 0; p < PARTS; p++) store(to + p * WIDTH, x.part[p]);
 }
 
 // What a form does to a group: `numbers` are the group's own, `rest` is the block's, which has `groups` of them.
@@ -359,6 +352,10 @@ struct Inside {
         return sum;
     }
 };
+
+#if !defined(__AVX512VBMI2__)
+LMPIPE_INLINE size_t first_of(uint64_t bits) { return bits ? (size_t)__builtin_ctzll(bits) : 64; }
+#endif
 
 // Appends the exponents whose bit is set to `to`; returns its new end. Both write up to a group more than they have.
 LMPIPE_INLINE uint8_t *put_escapes(const uint8_t *exponent, uint64_t escaped, uint8_t *to) {
