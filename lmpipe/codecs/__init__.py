@@ -41,8 +41,12 @@ class ChunkCodec(Protocol):
         """Whether it has to know the order inside a page (`KVLayout.canonical`); False: bytes are bytes to it."""
         ...
 
-    def bound(self, raw_bytes: int) -> int:
-        """Bytes that `dst` of `encode` must have at least."""
+    def bound(self, raw_bytes: int, source: Source = ANY) -> int:
+        """Bytes that `dst` of `encode` must have at least; for a chunk of which more is known, fewer may do.
+
+        Raises:
+            CannotEncode: as `encode` would.
+        """
         ...
 
     def encode(self, src: memoryview, dst: memoryview, source: Source) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from lmpipe.codecs.calibration import BITS, Calibration
+from lmpipe.codecs.header import Header
 from lmpipe.codecs.int4h import SINK_TOKENS
-from lmpipe.codecs.rotated import decode_rotated, encode_rotated
-from lmpipe.codecs.source import Source
+from lmpipe.codecs.rotated import decode_rotated, encode_rotated, encoded_bytes
+from lmpipe.codecs.source import ANY, Source
 from lmpipe.codecs.vectors import describe, described
 from lmpipe.errors import CannotEncode, FormatError
 from lmpipe.handles import Codec, Fidelity
+from lmpipe.layout import KVLayout
 
 
 class AdaptiveCodec:
@@ -30,22 +32,25 @@ class AdaptiveCodec:
         self._calibration = calibration
         self._sink_tokens = sink_tokens
 
-    def bound(self, raw_bytes: int) -> int:
+    def bound(self, raw_bytes: int, source: Source = ANY) -> int:
         """No more than the payload: what does not get smaller is refused."""
-        return raw_bytes
+        return raw_bytes if source is ANY else encoded_bytes(*self._describe(raw_bytes, source))
 
     def encode(self, src: memoryview, dst: memoryview, source: Source) -> int:
         """The table of bits; scales, minima, bit planes."""
+        return encode_rotated(src, dst, *self._describe(len(src), source))
+
+    def _describe(self, raw_bytes: int, source: Source) -> tuple[KVLayout, Header, bytes]:
         if self._calibration is None:
             raise CannotEncode("there is no calibration")
         table = self._calibration.table
-        layout, header = describe(self.number, src, source, sink_tokens=self._sink_tokens, extra_bytes=len(table))
+        layout, header = describe(self.number, raw_bytes, source, sink_tokens=self._sink_tokens, extra_bytes=len(table))
         found = layout.layers, layout.kv, layout.kv_heads, layout.head_dim
         if found != self._calibration.shape:
             raise CannotEncode(
                 f"the calibration is of (layers, kv, heads, head_dim) {self._calibration.shape}, the chunk of {found}"
             )
-        return encode_rotated(src, dst, layout, header, table)
+        return layout, header, table
 
     def decode(self, src: memoryview, dst: memoryview) -> None:
         """Steps from the minimum, rotated back."""

@@ -1,5 +1,5 @@
-"""What a topology may not ask of codecs: to compute with pages whose order is unknown, to lose where all is to be exact,
-to do without a calibration. Each problem with its path in the topology and its mend.
+"""What a topology may not ask of codecs: to compute with pages of an unknown order, to lose where all has to be
+exact, to do without a calibration. Each problem with its path in the topology and its mend.
 """
 
 from __future__ import annotations

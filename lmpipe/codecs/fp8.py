@@ -6,10 +6,11 @@ from dataclasses import replace
 
 from lmpipe import native
 from lmpipe.codecs.header import DTYPES, HEADER_BYTES
-from lmpipe.codecs.source import Source
+from lmpipe.codecs.source import ANY, Source
 from lmpipe.codecs.vectors import describe, described, require_gain, require_room, vector_count
 from lmpipe.errors import CannotEncode, FormatError
 from lmpipe.handles import Codec, Fidelity
+from lmpipe.layout import KVLayout
 
 
 class Fp8Codec:
@@ -24,15 +25,17 @@ class Fp8Codec:
     fidelity = Fidelity.FP8
     numeric = True
 
-    def bound(self, raw_bytes: int) -> int:
+    def bound(self, raw_bytes: int, source: Source = ANY) -> int:
         """No more than the payload: what does not get smaller is refused."""
-        return raw_bytes
+        if source is ANY:
+            return raw_bytes
+        layout, _ = describe(self.number, raw_bytes, source)
+        return min(_encoded_bytes(layout, raw_bytes), raw_bytes)
 
     def encode(self, src: memoryview, dst: memoryview, source: Source) -> int:
         """Exponents, then codes."""
-        layout, header = describe(self.number, src, source)
-        vectors = vector_count(layout, len(src))
-        end = HEADER_BYTES + vectors * (1 + layout.head_dim)
+        layout, header = describe(self.number, len(src), source)
+        end = _encoded_bytes(layout, len(src))
         require_gain(end, len(src))
         require_room(end, dst)
         dtype = DTYPES.index(layout.dtype)
@@ -50,3 +53,7 @@ class Fp8Codec:
             raise FormatError(f"{vectors} fp8 vectors in {len(body)} bytes where {expected} were expected")
         if not native.fp8_decode(body, DTYPES.index(layout.dtype), layout.head_dim, dst):
             raise FormatError("an exponent of an fp8 vector is out of range")
+
+
+def _encoded_bytes(layout: KVLayout, raw_bytes: int) -> int:
+    return HEADER_BYTES + vector_count(layout, raw_bytes) * (1 + layout.head_dim)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from lmpipe.codecs.rotated import decode_rotated, encode_rotated
-from lmpipe.codecs.source import Source
+from lmpipe.codecs.header import Header
+from lmpipe.codecs.rotated import decode_rotated, encode_rotated, encoded_bytes
+from lmpipe.codecs.source import ANY, Source
 from lmpipe.codecs.vectors import describe, described
 from lmpipe.errors import FormatError
 from lmpipe.handles import Codec, Fidelity
+from lmpipe.layout import KVLayout
 
 SINK_TOKENS = 4
 
@@ -31,16 +33,17 @@ class Int4hCodec:
         self._sink_tokens = sink_tokens
         self._edge_layers = edge_layers
 
-    def bound(self, raw_bytes: int) -> int:
+    def bound(self, raw_bytes: int, source: Source = ANY) -> int:
         """No more than the payload: what does not get smaller is refused."""
-        return raw_bytes
+        return raw_bytes if source is ANY else encoded_bytes(*self._describe(raw_bytes, source))
 
     def encode(self, src: memoryview, dst: memoryview, source: Source) -> int:
         """Scales, minima, bit planes."""
-        layout, header = describe(
-            self.number, src, source, sink_tokens=self._sink_tokens, edge_layers=self._edge_layers
-        )
-        return encode_rotated(src, dst, layout, header)
+        return encode_rotated(src, dst, *self._describe(len(src), source))
+
+    def _describe(self, raw_bytes: int, source: Source) -> tuple[KVLayout, Header]:
+        sinks, edges = self._sink_tokens, self._edge_layers
+        return describe(self.number, raw_bytes, source, sink_tokens=sinks, edge_layers=edges)
 
     def decode(self, src: memoryview, dst: memoryview) -> None:
         """Steps from the minimum, rotated back."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lmpipe.codecs.source import Source
+from lmpipe.codecs.source import ANY, Source
 from lmpipe.errors import FormatError
 from lmpipe.handles import Codec, Fidelity
 
@@ -15,7 +15,7 @@ class RawCodec:
     fidelity = Fidelity.EXACT
     numeric = False
 
-    def bound(self, raw_bytes: int) -> int:
+    def bound(self, raw_bytes: int, source: Source = ANY) -> int:
         """No more than the payload."""
         return raw_bytes
 

@@ -21,6 +21,12 @@ from lmpipe.errors import CannotEncode, FormatError
 from lmpipe.layout import KVLayout
 
 
+def encoded_bytes(layout: KVLayout, header: Header, table: bytes = b"") -> int:
+    """What `encode_rotated` writes; no more than the payload: what does not get smaller is refused."""
+    end = HEADER_BYTES + len(table) + rotated_bytes(layout, bits_of(layout, header, table))
+    return min(end, header.raw_bytes)
+
+
 def encode_rotated(src: memoryview, dst: memoryview, layout: KVLayout, header: Header, table: bytes = b"") -> int:
     """Header, table, body; the bytes written.
 

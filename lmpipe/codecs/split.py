@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from lmpipe import native
 from lmpipe.codecs.header import DTYPES, HEADER_BYTES, Header
-from lmpipe.codecs.source import Source
+from lmpipe.codecs.source import ANY, Source
 from lmpipe.errors import CannotEncode, FormatError
 from lmpipe.handles import Codec, Fidelity
 from lmpipe.layout import ITEM_BYTES
@@ -28,7 +28,7 @@ class SplitCodec:
     fidelity = Fidelity.EXACT
     numeric = False
 
-    def bound(self, raw_bytes: int) -> int:
+    def bound(self, raw_bytes: int, source: Source = ANY) -> int:
         """Every block raw: header, and a row of the table for each block of the shortest numbers."""
         return HEADER_BYTES + raw_bytes + TABLE_ROW_BYTES * _blocks(raw_bytes, "bfloat16")
 

@@ -26,9 +26,9 @@ Bits = npt.NDArray[np.uint8]
 
 
 def describe(
-    codec: Codec, src: memoryview, source: Source, *, sink_tokens: int = 0, edge_layers: int = 0, extra_bytes: int = 0
+    codec: Codec, raw_bytes: int, source: Source, *, sink_tokens: int = 0, edge_layers: int = 0, extra_bytes: int = 0
 ) -> tuple[KVLayout, Header]:
-    """The layout of a payload and its header, `payload_bytes` still 0.
+    """The layout of a payload of so many bytes and its header, `payload_bytes` still 0.
 
     Raises:
         CannotEncode: its vectors are not known, or not of numbers that can be computed with.
@@ -42,10 +42,10 @@ def describe(
         pages = layout.chunk_pages(source.chunk_tokens)
     except LayoutError as error:
         raise CannotEncode(str(error)) from None
-    if layout.chunk_bytes(source.chunk_tokens) != len(src):
-        raise CannotEncode(f"{len(src)} bytes are no chunk of {source.chunk_tokens} tokens")
+    if layout.chunk_bytes(source.chunk_tokens) != raw_bytes:
+        raise CannotEncode(f"{raw_bytes} bytes are no chunk of {source.chunk_tokens} tokens")
     header = Header(
-        codec, len(src), 0, layout.dtype, layout, pages, source.position, sink_tokens, edge_layers, extra_bytes
+        codec, raw_bytes, 0, layout.dtype, layout, pages, source.position, sink_tokens, edge_layers, extra_bytes
     )
     return layout, header
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 import zstandard
 
-from lmpipe.codecs.source import Source
+from lmpipe.codecs.source import ANY, Source
 from lmpipe.errors import FormatError
 from lmpipe.handles import Codec, Fidelity
 
@@ -31,7 +31,7 @@ class ZstdCodec:
     fidelity = Fidelity.EXACT
     numeric = False
 
-    def bound(self, raw_bytes: int) -> int:
+    def bound(self, raw_bytes: int, source: Source = ANY) -> int:
         """ZSTD_compressBound (zstd.h), and room for the frame's header and checksum."""
         small = (_SMALL_BYTES - raw_bytes) >> 11 if raw_bytes < _SMALL_BYTES else 0
         return raw_bytes + (raw_bytes >> 8) + small + _FRAME_EXTRA_BYTES

@@ -170,7 +170,12 @@ class Compress:
             self._saves.popleft()
             self._pass_on(record, "" if codec.number is Codec.RAW else "unknown_layout_chunks")
             return True
-        bound = codec.bound(int(record["nbytes"]))
+        try:
+            bound = codec.bound(int(record["nbytes"]), source)
+        except CannotEncode as error:
+            self._saves.popleft()
+            self._cannot(codec, error, record)
+            return True
         if bound > self._ring.slots.capacity_bytes:
             self._saves.popleft()
             self._drop("larger than the ring", record)
@@ -231,8 +236,7 @@ class Compress:
                 raise error
             ended()
             self._ring.free(slot)
-            self._say(f"{codec.name}: {error}")
-            self._pass_on(record, "unencodable_chunks")
+            self._cannot(codec, error, record)
 
         self._encoding += 1
         self._context.submit(encode, done, failed, "encode", nbytes=nbytes, chunks=1)
@@ -244,10 +248,12 @@ class Compress:
             self._context.count(reason)
         self._links.down("save", m.Save(self._session, 0, "arena", record.reshape(1)))
 
-    def _say(self, reason: str) -> None:
+    def _cannot(self, codec: ChunkCodec, error: CannotEncode, record: np.void) -> None:
+        reason = f"{codec.name}: {error}"
         if reason not in self._said and len(self._said) < REASONS_SAID:
             self._said.add(reason)
             log.warning("a chunk is stored raw: %s", reason)
+        self._pass_on(record, "unencodable_chunks")
 
     def _send(self, sent: _Sent) -> None:
         for tier in self._tiers:

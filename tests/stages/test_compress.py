@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from chain import GATHER, MIB, Chain, a_chain, keys, of
 
-from lmpipe.codecs import Source, codec_named
+from lmpipe.codecs import ANY, Source, codec_named
 from lmpipe.errors import CannotEncode
 from lmpipe.handles import ChunkRecords, Codec, Fidelity, Slot, Tier
 from lmpipe.layout import KVLayout
@@ -205,7 +205,7 @@ class Coarse:
     def __init__(self) -> None:
         self.sources: list[Source] = []
 
-    def bound(self, raw_bytes: int) -> int:
+    def bound(self, raw_bytes: int, source: Source = ANY) -> int:
         return raw_bytes // 2
 
     def encode(self, src: memoryview, dst: memoryview, source: Source) -> int:
@@ -267,6 +267,22 @@ def test_a_tenant_has_a_codec_of_its_own(tmp_path: Path) -> None:
         assert int(chain.stored("persist", theirs)["codec"][0]) == Codec.RAW
         counts = chain.seats["compress"].counts
         assert (counts["encoded_chunks"], counts["passed_chunks"]) == (1, 1)
+
+
+def test_a_ring_has_room_for_as_much_as_a_codec_leaves(tmp_path: Path) -> None:
+    layout = KVLayout.paged(2, 1, 128, "bfloat16", 16)
+    chunk_bytes = layout.chunk_bytes(128)  # of these 16 fill the ring
+    with a_chain(tmp_path, ALL, codec="int4h", layout=layout) as chain:
+        records = chain.committed(24, chunk_bytes)
+        numbers = np.random.default_rng(0).standard_normal(chunk_bytes // 2, np.float32)
+        for place in records["place"].tolist():
+            chain.arena.payload(place >> 32, chunk_bytes)[:] = (numbers.view(np.uint32) >> 16).astype("<u2").tobytes()
+        chain.save(records)
+        compress = chain.seats["compress"]
+        for _ in range(100):
+            compress.turn()  # nobody below takes anything
+        assert compress.counts["encoded_chunks"] == 24
+        assert chain.run() and in_use(chain, "compress") == 0
 
 
 @pytest.mark.parametrize("codec", ["raw", "zstd"])

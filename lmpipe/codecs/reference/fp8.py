@@ -18,7 +18,7 @@ LARGEST_FRACTION = 464 / 512
 
 def encode(raw: bytes, source: Source) -> bytes:
     """The whole encoded chunk."""
-    layout, header = describe(Codec.FP8, memoryview(raw), source)
+    layout, header = describe(Codec.FP8, len(raw), source)
     exponents, codes = encode_vectors(numbers_of(raw, layout))
     body = exponents.numpy().tobytes() + codes.numpy().tobytes()
     return replace(header, payload_bytes=len(body)).pack() + body

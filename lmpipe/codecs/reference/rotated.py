@@ -24,13 +24,13 @@ WIDEST_BLOCK = 128
 
 def encode_int4h(raw: bytes, source: Source, sink_tokens: int = 4, edge_layers: int = 0) -> bytes:
     """The whole encoded chunk."""
-    layout, header = describe(Codec.INT4H, memoryview(raw), source, sink_tokens=sink_tokens, edge_layers=edge_layers)
+    layout, header = describe(Codec.INT4H, len(raw), source, sink_tokens=sink_tokens, edge_layers=edge_layers)
     return _encode(raw, layout, header, b"")
 
 
 def encode_adaptive(raw: bytes, source: Source, table: bytes, sink_tokens: int = 4) -> bytes:
     """The whole encoded chunk; `table` has the bits of `[layer][kv][head]`."""
-    layout, header = describe(Codec.ADAPTIVE, memoryview(raw), source, sink_tokens=sink_tokens, extra_bytes=len(table))
+    layout, header = describe(Codec.ADAPTIVE, len(raw), source, sink_tokens=sink_tokens, extra_bytes=len(table))
     return _encode(raw, layout, header, table)
 
 
