@@ -36,9 +36,15 @@ template <unsigned DTYPE>
 constexpr size_t ITEM_BYTES = DTYPE == BF16 || DTYPE == FP16 ? 2 : 4;
 
 // x in every lane.
-LMPIPE_INLINE Floats all(float x) { return (Floats){} + x; }
+LMPIPE_INLINE Floats all(float x) { return x - (Floats){}; }
 LMPIPE_INLINE Words all(uint32_t x) { return (Words){} + x; }
-LMPIPE_INLINE Words choose(Words mask, Words yes, Words no) { return (mask & yes) | (~mask & no); }
+LMPIPE_INLINE Words choose(Ints mask, Words yes, Words no) { return mask ? yes : no; }
+
+LMPIPE_INLINE bool any(Words mask) {
+    uint32_t found = 0;
+    for (size_t i = 0; i < LANES; i++) found |= mask[i];
+    return found;
+}
 
 // Of numbers; where one of two is NaN, either may come back.
 LMPIPE_INLINE Floats smaller(Floats a, Floats b) {
@@ -49,7 +55,7 @@ LMPIPE_INLINE Floats smaller(Floats a, Floats b) {
 #elif defined(__SSE2__)
     return (Floats)_mm_min_ps((__m128)a, (__m128)b);
 #else
-    return (Floats)choose((Words)(a < b), (Words)a, (Words)b);
+    return (Floats)choose((Ints)(a < b), (Words)a, (Words)b);
 #endif
 }
 
@@ -61,9 +67,79 @@ LMPIPE_INLINE Floats larger(Floats a, Floats b) {
 #elif defined(__SSE2__)
     return (Floats)_mm_max_ps((__m128)a, (__m128)b);
 #else
-    return (Floats)choose((Words)(a > b), (Words)a, (Words)b);
+    return (Floats)choose((Ints)(a > b), (Words)a, (Words)b);
 #endif
 }
+
+// Of numbers below 2^31.
+LMPIPE_INLINE Words larger_word(Words a, Words b) {
+#if defined(__AVX512F__)
+    return (Words)_mm512_max_epi32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    return (Words)_mm256_max_epi32((__m256i)a, (__m256i)b);
+#else
+    return choose(((Ints)a > (Ints)b), a, b);
+#endif
+}
+
+// ---- lanes of other widths; GCC makes no vector instructions of __builtin_convertvector here ---------------------------
+
+LMPIPE_INLINE Words widened(Bytes x) {
+#if defined(__AVX512F__)
+    return (Words)_mm512_cvtepu8_epi32((__m128i)x);
+#elif defined(__AVX2__)
+    return (Words)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)x));
+#elif defined(__SSE2__)
+    const __m128i zero = _mm_setzero_si128();
+    return (Words)_mm_unpacklo_epi16(_mm_unpacklo_epi8(_mm_cvtsi32_si128(load<int>(&x)), zero), zero);
+#else
+    return __builtin_convertvector(x, Words);
+#endif
+}
+
+LMPIPE_INLINE Words widened(Shorts x) {
+#if defined(__AVX512F__)
+    return (Words)_mm512_cvtepu16_epi32((__m256i)x);
+#elif defined(__AVX2__)
+    return (Words)_mm256_cvtepu16_epi32((__m128i)x);
+#elif defined(__SSE2__)
+    return (Words)_mm_unpacklo_epi16(_mm_cvtsi64_si128((int64_t)x), _mm_setzero_si128());
+#else
+    return __builtin_convertvector(x, Words);
+#endif
+}
+
+// Of numbers that fit.
+LMPIPE_INLINE Shorts shorts_of(Words x) {
+#if defined(__AVX512F__)
+    return (Shorts)_mm512_cvtepi32_epi16((__m512i)x);
+#elif defined(__AVX2__)
+    return (Shorts)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+#elif defined(__SSE2__)
+    const __m128i extended = _mm_srai_epi32(_mm_slli_epi32((__m128i)x, 16), 16);
+    return (Shorts)_mm_cvtsi128_si64(_mm_packs_epi32(extended, extended));
+#else
+    return __builtin_convertvector(x, Shorts);
+#endif
+}
+
+// Of numbers that fit.
+LMPIPE_INLINE Bytes bytes_of(Words x) {
+#if defined(__AVX512F__)
+    return (Bytes)_mm512_cvtepi32_epi8((__m512i)x);
+#elif defined(__AVX2__)
+    const __m128i shorts = (__m128i)shorts_of(x);
+    return (Bytes)_mm_cvtsi128_si64(_mm_packus_epi16(shorts, shorts));
+#elif defined(__SSE2__)
+    const __m128i shorts = _mm_packs_epi32((__m128i)x, (__m128i)x);
+    const int bytes = _mm_cvtsi128_si32(_mm_packus_epi16(shorts, shorts));
+    return load<Bytes>(&bytes);
+#else
+    return __builtin_convertvector(x, Bytes);
+#endif
+}
+
+// ---- pairs of registers ---------------------------------------------------------------------------------------------------
 
 // The even lanes of both, the odd lanes of both.
 LMPIPE_INLINE FloatPair apart(FloatPair p) {
@@ -111,13 +187,13 @@ LMPIPE_INLINE Floats from_halves(Shorts halves) {
 #elif defined(__F16C__)
     return (Floats)_mm256_cvtph_ps((__m128i)halves);
 #else
-    const Words half = __builtin_convertvector(halves, Words);
+    const Words half = widened(halves);
     const Words magnitude = (half & 0x7FFF) << 13;
     Words bits = magnitude + (112u << 23);
-    bits = choose((Words)(magnitude >= (HALF_INFINITY << 13)), magnitude + (224u << 23), bits);
+    bits = choose((Ints)(magnitude >= (HALF_INFINITY << 13)), magnitude + (224u << 23), bits);
     // Below 2^-14: the bits of a sum with 2^-14, which is taken off again.
     const Words small = (Words)((Floats)(magnitude + (113u << 23)) - (Floats)all(113u << 23));
-    bits = choose((Words)(magnitude < (1u << 23)), small, bits);
+    bits = choose((Ints)(magnitude < (1u << 23)), small, bits);
     return (Floats)(bits | (half & 0x8000) << 16);
 #endif
 }
@@ -132,29 +208,29 @@ LMPIPE_INLINE Shorts to_halves(Floats x) {
     const Words magnitude = (Words)x & 0x7FFFFFFF;
     const Words normal = (magnitude - (112u << 23) + 0xFFF + (magnitude >> 13 & 1)) >> 13;
     const Words small = (Words)((Floats)magnitude + 0.5f) - 0x3F000000;  // one unit of 0.5 in the last place is 2^-24
-    const Words half = choose((Words)(magnitude < (113u << 23)), small, normal);
-    return __builtin_convertvector(half | ((Words)x >> 16 & 0x8000), Shorts);
+    const Words half = choose((Ints)(magnitude < (113u << 23)), small, normal);
+    return shorts_of(half | ((Words)x >> 16 & 0x8000));
 #endif
 }
 
 // The largest fp16 that is at most x; minus infinity, or HALF_TOP, where x lies outside. No negative zeros, no NaN.
 LMPIPE_INLINE Shorts halves_below(Floats x) {
     const Shorts nearest = to_halves(within_halves(x));
-    const Words half = __builtin_convertvector(nearest, Words);
+    const Words half = widened(nearest);
     // One step towards minus infinity: the magnitude of what is negative grows.
-    const Words step = choose((Words)((half & 0x8000) != 0), all(1u), all(~0u));
+    const Words step = choose((Ints)((half & 0x8000) != 0), all(1u), all(~0u));
     const Words over = (Words)(from_halves(nearest) > x);
-    return __builtin_convertvector(half + (over & step), Shorts);
+    return shorts_of(half + (over & step));
 }
 
 // The smallest fp16 that is at least x, which is not negative; infinity where there is none.
 LMPIPE_INLINE Shorts halves_above(Floats x) {
     const Shorts nearest = to_halves(smaller(x, all(HALF_MAX)));
     const Words under = (Words)(from_halves(nearest) < x);
-    return __builtin_convertvector(__builtin_convertvector(nearest, Words) - under, Shorts);
+    return shorts_of(widened(nearest) - under);
 }
 
-// ---- pairs ----------------------------------------------------------------------------------------------------------
+// ---- loads and stores ----------------------------------------------------------------------------------------------------------
 
 // PAIR numbers: the even ones, the odd ones.
 template <unsigned DTYPE>

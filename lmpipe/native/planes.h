@@ -1,7 +1,7 @@
-// Codes of 1 to 8 bits between a byte each and bit planes: `bits` planes of (n + 7) / 8 bytes, bit i of a plane being one
+// Codes of some bits between a byte each and bit planes: `bits` planes of (n + 7) / 8 bytes, bit i of a plane being one
 // bit of code i, least significant plane first. What is over in a plane's last byte is zero.
 //
-// The bytes of codes have room up to a multiple of PLANE_CODES; PUT_PLANES wants zeros there, TAKE_PLANES fills it.
+// The bytes of codes have room up to a multiple of PLANE_CODES; put_planes wants zeros there, take_planes fills it.
 #pragma once
 
 #include "vec.h"
@@ -72,7 +72,7 @@ LMPIPE_INLINE void codes_of(const uint64_t words[BITS], uint8_t *codes) {
 }
 
 template <unsigned BITS>
-void put_planes(const uint8_t *codes, size_t n, uint8_t *out) {
+LMPIPE_INLINE void put_planes(const uint8_t *codes, size_t n, uint8_t *out) {
     const size_t plane_bytes = (n + 7) / 8;
     for (size_t at = 0; at < plane_bytes; at += 8) {
         const size_t bytes = plane_bytes - at;
@@ -85,7 +85,7 @@ void put_planes(const uint8_t *codes, size_t n, uint8_t *out) {
 }
 
 template <unsigned BITS>
-void take_planes(const uint8_t *planes, size_t n, uint8_t *codes) {
+LMPIPE_INLINE void take_planes(const uint8_t *planes, size_t n, uint8_t *codes) {
     const size_t plane_bytes = (n + 7) / 8;
     for (size_t at = 0; at < plane_bytes; at += 8) {
         const size_t bytes = plane_bytes - at;
@@ -97,13 +97,5 @@ void take_planes(const uint8_t *planes, size_t n, uint8_t *codes) {
         codes_of<BITS>(words, codes + 8 * at);
     }
 }
-
-// Entry `bits` is for so many.
-constexpr void (*PUT_PLANES[])(const uint8_t *codes, size_t n, uint8_t *out) = {
-    nullptr,       put_planes<1>, put_planes<2>, put_planes<3>, put_planes<4>,
-    put_planes<5>, put_planes<6>, put_planes<7>, put_planes<8>};
-constexpr void (*TAKE_PLANES[])(const uint8_t *planes, size_t n, uint8_t *codes) = {
-    nullptr,        take_planes<1>, take_planes<2>, take_planes<3>, take_planes<4>,
-    take_planes<5>, take_planes<6>, take_planes<7>, take_planes<8>};
 
 }  // namespace

@@ -83,10 +83,10 @@ std::vector<uint8_t> checked_bits(Vector<uint8_t> bits, size_t n, uint64_t dim, 
     uint64_t planes = 0;
     bool possible = true;
     for (const uint8_t b : copy) {
-        possible &= b >= 1 && b <= 8;
+        possible &= b == 3 || b == 4 || b == 8;
         planes += b;
     }
-    if (!possible) throw std::invalid_argument("bits: 1 to 8 are possible");
+    if (!possible) throw std::invalid_argument("bits: 3, 4 and 8 are possible");
     body_bytes = n * 4 + planes * ((dim + 7) / 8);
     return copy;
 }
