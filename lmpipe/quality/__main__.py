@@ -22,7 +22,7 @@ from lmpipe.quality.job import CalibrationJob, QualityJob, unpacked
 from lmpipe.quality.report import QualityReport, draw_bits
 from lmpipe.quality.subject import Subject, tokens_of
 
-WIDTH = 118
+WIDTH = 128
 
 
 def main() -> int:

@@ -78,8 +78,11 @@ class QualityReport:
         shown = Table(title=f"{self.model} on {self.data}", caption=f"KV in {self.kv_dtype}", box=rich.box.SIMPLE_HEAD)
         for column in ("context", "prefix", "codec"):
             shown.add_column(column, justify="left" if column == "codec" else "right", no_wrap=True)
-        for column in ("ratio", "bits", "perplexity", "change %", "KL, nats", "top-1", "generated", "kept raw"):
+        refused = any(row.refused for row in self.rows)
+        for column in ("ratio", "bits", "perplexity", "change %", "KL, nats", "top-1", "generated"):
             shown.add_column(column, justify="right", no_wrap=True)
+        if refused:
+            shown.add_column("kept raw", justify="right", no_wrap=True)
         before = self.rows[0].context if self.rows else 0
         for row in self.rows:
             if row.context != before:
@@ -94,10 +97,10 @@ class QualityReport:
                 f"{row.bits:.2f}",
                 f"{row.perplexity:.4f}",
                 "" if exact else f"{row.change_percent:+.3f} ± {row.change_error_percent:.3f}",
-                "" if exact else f"{row.kl:.2e}",
-                "" if exact else f"{row.top1:.2%}",
-                "" if exact else f"{row.generated:.2%}",
-                f"{row.refused} of {row.chunks}" if row.refused else "",
+                "" if exact else f"{row.kl:.1e}",
+                "" if exact else f"{row.top1:.1%}",
+                "" if exact else f"{row.generated:.1%}",
+                *([f"{row.refused} of {row.chunks}" if row.chunks else ""] if refused else []),
             )
         return shown
 
