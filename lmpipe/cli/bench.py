@@ -18,6 +18,7 @@ from rich.status import Status
 
 from lmpipe.bench import NEEDS, SUMMARIES
 from lmpipe.bench.report import Figure, Report, table
+from lmpipe.cli.console import wide_console
 from lmpipe.cli.nodes import Subparsers, add_verb
 from lmpipe.errors import LmpipeError
 
@@ -30,7 +31,6 @@ lmpipe bench all --quick          tiny runs that prove that each works; their fi
 """
 NOTES = "\n".join(f"  {name:8}{summary}" for name, summary in SUMMARIES.items())
 ALL = "all"
-WIDTH = 118
 PLOT_S = 120.0
 CLEAN_UP_S = 60.0
 
@@ -57,9 +57,7 @@ def run(args: argparse.Namespace) -> int:
     quick: bool = args.quick
     out: Path | None = args.out
     disk: Path = args.disk
-    console = Console(stderr=as_json)
-    if not console.is_terminal:
-        console = Console(stderr=as_json, width=WIDTH)
+    console = wide_console(stderr=as_json)
     reports: list[Report] = []
     for name in names:
         report = Report.of(name, measure(name, disk=disk, quick=quick, console=console), judged=not quick)

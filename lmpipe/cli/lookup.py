@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-from rich.console import Console
 from rich.table import Table
 
+from lmpipe.cli.console import wide_console
 from lmpipe.cli.nodes import Subparsers, UsageError, add_node_arguments, add_verb, node_of
 from lmpipe.cli.picture import size
 from lmpipe.handles import Tier
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     for part in runs:
         first, last = part.first * chunk_tokens, (part.first + part.chunks) * chunk_tokens
         table.add_row(part.tier, f"{first:,}", f"{last:,}", f"{part.chunks:,}", size(part.nbytes))
-    Console().print(table)
+    wide_console().print(table)
     return 0 if hit else 1
 
 

@@ -12,6 +12,7 @@ import rich.box
 from rich.console import Console
 from rich.table import Table
 
+from lmpipe.cli.console import wide_console
 from lmpipe.cli.nodes import Subparsers, add_verb
 from lmpipe.errors import LmpipeError
 from lmpipe.profiler import Profile, profile
@@ -26,7 +27,6 @@ out/profile/NAME.svg are flame graphs, for a browser; out/profile/trace.json ope
 """
 DEMO = "demo"
 SHOWN = 24
-WIDTH = 118
 
 
 def add(verbs: Subparsers) -> None:
@@ -48,9 +48,7 @@ def run(args: argparse.Namespace) -> int:
         raise LmpipeError(f"the demo needs {' and '.join(missing)}: pip install 'lmpipe[demo]'; or profile a topology")
     out: Path = args.out
     as_json: bool = args.json
-    console = Console(stderr=as_json)
-    if not console.is_terminal:
-        console = Console(stderr=as_json, width=WIDTH)
+    console = wide_console(stderr=as_json)
     with console.status("starting") as status:
         found = profile(None if what == DEMO else Path(what), args.seconds, out, status.update)
     if as_json:

@@ -7,11 +7,12 @@ import time
 
 import msgspec
 import rich.box
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from lmpipe.cli.console import wide_console
 from lmpipe.cli.nodes import Subparsers, add_node_arguments, add_verb, node_of
 from lmpipe.cli.picture import size
 from lmpipe.handles import Tier
@@ -23,8 +24,6 @@ lmpipe status local --watch   once a second, until Ctrl-C
 lmpipe status --counters      every counter of every process
 lmpipe status --json
 """
-WIDTH = 120
-"""Where the output goes to a file or a pipe."""
 
 COLOURS = {
     "ready": "green",
@@ -58,8 +57,7 @@ def run(args: argparse.Namespace) -> int:
                 seen = overview(node_of(args))
                 live.update(picture(seen, counters=args.counters), refresh=True)
     else:
-        console = Console()
-        console.print(picture(seen, counters=args.counters), width=None if console.is_terminal else WIDTH)
+        wide_console().print(picture(seen, counters=args.counters))
     return 0 if seen.state == "ready" else 1
 
 
