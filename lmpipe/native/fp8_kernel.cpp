@@ -51,7 +51,7 @@ LMPIPE_INLINE void decode_pair(const uint8_t *codes, Floats factor, uint8_t *to)
     store_together<DTYPE>(to, p);
 }
 
-// ---- vectors ----------------------------------------------------------------------------------------------------------
+// ---- vectors --------------------------------------------------------------------------------------------------------
 
 template <unsigned DTYPE>
 LMPIPE_INLINE Words largest_of_vector(const uint8_t *from, size_t dim) {
@@ -88,7 +88,7 @@ LMPIPE_INLINE void decode_vector(const uint8_t *codes, size_t dim, uint32_t expo
     memcpy(to + i * ITEM_BYTES<DTYPE>, rest, (dim - i) * ITEM_BYTES<DTYPE>);
 }
 
-// ---- all ----------------------------------------------------------------------------------------------------------------
+// ---- all ------------------------------------------------------------------------------------------------------------
 
 template <unsigned DTYPE>
 LMPIPE_INLINE bool encode(const uint8_t *from, size_t n, size_t dim, uint8_t *exponents, uint8_t *codes) {

@@ -82,7 +82,7 @@ LMPIPE_INLINE Words larger_word(Words a, Words b) {
 #endif
 }
 
-// ---- lanes of other widths; GCC makes no vector instructions of __builtin_convertvector here ---------------------------
+// ---- lanes of other widths; GCC makes no vector instructions of __builtin_convertvector here ------------------------
 
 LMPIPE_INLINE Words widened(Bytes x) {
 #if defined(__AVX512F__)
@@ -139,7 +139,7 @@ LMPIPE_INLINE Bytes bytes_of(Words x) {
 #endif
 }
 
-// ---- pairs of registers ---------------------------------------------------------------------------------------------------
+// ---- pairs of registers ---------------------------------------------------------------------------------------------
 
 // The even lanes of both, the odd lanes of both.
 LMPIPE_INLINE FloatPair apart(FloatPair p) {
@@ -230,7 +230,7 @@ LMPIPE_INLINE Shorts halves_above(Floats x) {
     return shorts_of(widened(nearest) - under);
 }
 
-// ---- loads and stores ----------------------------------------------------------------------------------------------------------
+// ---- loads and stores -----------------------------------------------------------------------------------------------
 
 // PAIR numbers: the even ones, the odd ones.
 template <unsigned DTYPE>

@@ -37,7 +37,7 @@ LMPIPE_INLINE void put(Floats *two, FloatPair p) {
     two[1] = p.b;
 }
 
-// ---- the rotation of one block ----------------------------------------------------------------------------------------
+// ---- the rotation of one block --------------------------------------------------------------------------------------
 
 template <unsigned DTYPE, size_t BLOCK>
 LMPIPE_INLINE void rotate_block(const uint8_t *from, float *row, Floats &least, Floats &most) {
@@ -102,38 +102,74 @@ void rotate_row(float *row, size_t dim, size_t block, bool back) {
     }
 }
 
-// ---- one vector: BLOCK is 128, 64, 32, or 0 for `block` -------------------------------------------------------------------
+// ---- up to LANES vectors --------------------------------------------------------------------------------------------
+//
+// BLOCK is 128, 64, 32, or 0 for any other `block`. Only these two know dtype and block: what is around them is compiled
+// once.
 
+// Rows lie `width` numbers apart. least, most: of each vector, by lanes; not yet times the factor.
 template <unsigned DTYPE, size_t BLOCK>
-LMPIPE_INLINE void rotate(const uint8_t *from, size_t dim, size_t block, float *row, Floats &least, Floats &most) {
-    if constexpr (BLOCK) {
-        for (size_t i = 0; i < dim; i += BLOCK) {
-            rotate_block<DTYPE, BLOCK>(from + i * ITEM_BYTES<DTYPE>, row + i, least, most);
+void rotate(const uint8_t *from, size_t live, size_t dim, size_t block, size_t width, float *rows, Floats *least,
+            Floats *most) {
+    for (size_t v = 0; v < live; v++, from += dim * ITEM_BYTES<DTYPE>, rows += width) {
+        Floats low = all(LARGEST), high = all(-LARGEST);
+        if constexpr (BLOCK) {
+            for (size_t i = 0; i < dim; i += BLOCK) {
+                rotate_block<DTYPE, BLOCK>(from + i * ITEM_BYTES<DTYPE>, rows + i, low, high);
+            }
+        } else {
+            load_row<DTYPE>(from, dim, rows);
+            rotate_row(rows, dim, block, false);
+            for (size_t i = dim; i % PAIR; i++) rows[i] = rows[0];
+            for (size_t i = 0; i < dim; i += LANES) {
+                low = smaller(low, load<Floats>(rows + i));
+                high = larger(high, load<Floats>(rows + i));
+            }
         }
-    } else {
-        load_row<DTYPE>(from, dim, row);
-        rotate_row(row, dim, block, false);
-        for (size_t i = dim; i % PAIR; i++) row[i] = row[0];
-        for (size_t i = 0; i < dim; i += LANES) {
-            least = smaller(least, load<Floats>(row + i));
-            most = larger(most, load<Floats>(row + i));
-        }
+        least[v] = low;
+        most[v] = high;
     }
 }
 
 template <unsigned DTYPE, size_t BLOCK>
-LMPIPE_INLINE void rotate_back(const uint8_t *codes, float low, float step, size_t dim, size_t block, uint8_t *to) {
-    if constexpr (BLOCK) {
-        for (size_t i = 0; i < dim; i += BLOCK) {
-            rotate_block_back<DTYPE, BLOCK>(codes + i, all(low), all(step), to + i * ITEM_BYTES<DTYPE>);
+void rotate_back(const uint8_t *codes, size_t live, size_t dim, size_t block, size_t width, Floats lows, Floats steps,
+                 uint8_t *to) {
+    for (size_t v = 0; v < live; v++, codes += width, to += dim * ITEM_BYTES<DTYPE>) {
+        const float low = lows[v], step = steps[v];
+        if constexpr (BLOCK) {
+            for (size_t i = 0; i < dim; i += BLOCK) {
+                rotate_block_back<DTYPE, BLOCK>(codes + i, all(low), all(step), to + i * ITEM_BYTES<DTYPE>);
+            }
+        } else {
+            float row[MAX_HEAD_DIM];
+            for (size_t i = 0; i < up_to(dim, PAIR); i++) row[i] = low + step * (float)codes[i];
+            rotate_row(row, dim, block, true);
+            store_row<DTYPE>(to, dim, row);
         }
-    } else {
-        float row[MAX_HEAD_DIM];
-        for (size_t i = 0; i < up_to(dim, PAIR); i++) row[i] = low + step * (float)codes[i];
-        rotate_row(row, dim, block, true);
-        store_row<DTYPE>(to, dim, row);
     }
 }
+
+struct Rotation {
+    size_t item_bytes;
+    void (*forth)(const uint8_t *, size_t, size_t, size_t, size_t, float *, Floats *, Floats *);
+    void (*back)(const uint8_t *, size_t, size_t, size_t, size_t, Floats, Floats, uint8_t *);
+};
+
+template <unsigned DTYPE>
+Rotation rotation_of(size_t block) {
+    if (block == 128) return {ITEM_BYTES<DTYPE>, rotate<DTYPE, 128>, rotate_back<DTYPE, 128>};
+    if (block == 64) return {ITEM_BYTES<DTYPE>, rotate<DTYPE, 64>, rotate_back<DTYPE, 64>};
+    if (block == 32) return {ITEM_BYTES<DTYPE>, rotate<DTYPE, 32>, rotate_back<DTYPE, 32>};
+    return {ITEM_BYTES<DTYPE>, rotate<DTYPE, 0>, rotate_back<DTYPE, 0>};
+}
+
+Rotation rotation_of(unsigned dtype, size_t block) {
+    if (dtype == BF16) return rotation_of<BF16>(block);
+    if (dtype == FP16) return rotation_of<FP16>(block);
+    return rotation_of<lmpipe::FP32>(block);
+}
+
+// ---- codes ----------------------------------------------------------------------------------------------------------
 
 // Codes as bytes, zeros up to a multiple of PLANE_CODES. What comes back has bits above the lowest byte in a lane that
 // met a number that is not finite.
@@ -167,11 +203,10 @@ LMPIPE_INLINE Words infinite(Shorts halves) {
     return (Words)((widened(halves) & HALF_INFINITY) == HALF_INFINITY);
 }
 
-// ---- all ----------------------------------------------------------------------------------------------------------------
+// ---- all ------------------------------------------------------------------------------------------------------------
 
-template <unsigned DTYPE, size_t BLOCK>
-LMPIPE_INLINE bool encode(const uint8_t *from, size_t n, size_t dim, size_t block, const uint8_t *bits, uint8_t *scales,
-            uint8_t *minima, uint8_t *planes) {
+LMPIPE_INLINE bool encode(const Rotation &rotation, const uint8_t *from, size_t n, size_t dim, size_t block,
+                          const uint8_t *bits, uint8_t *scales, uint8_t *minima, uint8_t *planes) {
     const size_t width = up_to(dim, PLANE_CODES);
     const float factor = root_of(block);
     float rows[LANES * MAX_HEAD_DIM];
@@ -179,13 +214,8 @@ LMPIPE_INLINE bool encode(const uint8_t *from, size_t n, size_t dim, size_t bloc
     for (size_t first = 0; first < n; first += LANES) {
         const size_t live = n - first < LANES ? n - first : LANES;
         Floats least[LANES] = {}, most[LANES] = {}, levels = all(1.0f);
-        for (size_t v = 0; v < live; v++) {
-            float *row = rows + v * width;
-            least[v] = all(LARGEST);
-            most[v] = all(-LARGEST);
-            rotate<DTYPE, BLOCK>(from + (first + v) * dim * ITEM_BYTES<DTYPE>, dim, block, row, least[v], most[v]);
-            levels[v] = (float)((1u << bits[first + v]) - 1);
-        }
+        rotation.forth(from + first * dim * rotation.item_bytes, live, dim, block, width, rows, least, most);
+        for (size_t v = 0; v < live; v++) levels[v] = (float)((1u << bits[first + v]) - 1);
         // Adding zero makes a zero of minus zero.
         const Floats lowest = joined(least, smaller) * factor + 0.0f, highest = joined(most, larger) * factor + 0.0f;
         const Shorts minimum = halves_below(lowest);
@@ -205,11 +235,11 @@ LMPIPE_INLINE bool encode(const uint8_t *from, size_t n, size_t dim, size_t bloc
     return true;
 }
 
-template <unsigned DTYPE, size_t BLOCK>
-LMPIPE_INLINE bool decode(const uint8_t *scales, const uint8_t *minima, const uint8_t *planes, size_t n, size_t dim, size_t block,
-            const uint8_t *bits, uint8_t *to) {
+LMPIPE_INLINE bool decode(const Rotation &rotation, const uint8_t *scales, const uint8_t *minima, const uint8_t *planes,
+                          size_t n, size_t dim, size_t block, const uint8_t *bits, uint8_t *to) {
+    const size_t width = up_to(dim, PLANE_CODES);
     const float factor = root_of(block);
-    uint8_t codes[MAX_HEAD_DIM];
+    uint8_t codes[LANES * MAX_HEAD_DIM];
     for (size_t first = 0; first < n; first += LANES) {
         const size_t live = n - first < LANES ? n - first : LANES;
         Shorts scale = {}, minimum = {};
@@ -217,28 +247,10 @@ LMPIPE_INLINE bool decode(const uint8_t *scales, const uint8_t *minima, const ui
         memcpy(&minimum, minima + 2 * first, 2 * live);
         if (any(infinite(scale) | infinite(minimum))) return false;
         const Floats step = from_halves(scale) * factor, low = from_halves(minimum) * factor;
-        for (size_t v = 0; v < live; v++) {
-            planes = take_codes(planes, dim, bits[first + v], codes);
-            uint8_t *at = to + (first + v) * dim * ITEM_BYTES<DTYPE>;
-            rotate_back<DTYPE, BLOCK>(codes, low[v], step[v], dim, block, at);
-        }
+        for (size_t v = 0; v < live; v++) planes = take_codes(planes, dim, bits[first + v], codes + v * width);
+        rotation.back(codes, live, dim, block, width, low, step, to + first * dim * rotation.item_bytes);
     }
     return true;
-}
-
-// Vectors of one block, which are the usual ones, have a length that the compiler knows.
-template <unsigned DTYPE, size_t BLOCK>
-bool encode_any(const uint8_t *from, size_t n, size_t dim, size_t block, const uint8_t *bits, uint8_t *scales,
-                uint8_t *minima, uint8_t *planes) {
-    return dim == BLOCK ? encode<DTYPE, BLOCK>(from, n, BLOCK, BLOCK, bits, scales, minima, planes)
-                        : encode<DTYPE, BLOCK>(from, n, dim, block, bits, scales, minima, planes);
-}
-
-template <unsigned DTYPE, size_t BLOCK>
-bool decode_any(const uint8_t *scales, const uint8_t *minima, const uint8_t *planes, size_t n, size_t dim, size_t block,
-                const uint8_t *bits, uint8_t *to) {
-    return dim == BLOCK ? decode<DTYPE, BLOCK>(scales, minima, planes, n, BLOCK, BLOCK, bits, to)
-                        : decode<DTYPE, BLOCK>(scales, minima, planes, n, dim, block, bits, to);
 }
 
 size_t block_of(size_t dim) {
@@ -247,31 +259,27 @@ size_t block_of(size_t dim) {
     return block;
 }
 
+// The usual length of a vector is known to the compiler.
+constexpr size_t USUAL = 128;
+
 }  // namespace
 
 namespace lmpipe::LMPIPE_LEVEL {
 
-#define LMPIPE_BY_BLOCK(call, dtype, ...)                                  \
-    (block == 128  ? call<dtype, 128>(__VA_ARGS__)                         \
-     : block == 64 ? call<dtype, 64>(__VA_ARGS__)                          \
-     : block == 32 ? call<dtype, 32>(__VA_ARGS__)                          \
-                   : call<dtype, 0>(__VA_ARGS__))
-
-#define LMPIPE_BY_TYPE_AND_BLOCK(call, ...)                                \
-    (dtype == BF16   ? LMPIPE_BY_BLOCK(call, BF16, __VA_ARGS__)            \
-     : dtype == FP16 ? LMPIPE_BY_BLOCK(call, FP16, __VA_ARGS__)            \
-                     : LMPIPE_BY_BLOCK(call, FP32, __VA_ARGS__))
-
 bool rotated_encode(const uint8_t *from, unsigned dtype, size_t n, size_t dim, const uint8_t *bits, uint8_t *scales,
                     uint8_t *minima, uint8_t *planes) {
     const size_t block = block_of(dim);
-    return LMPIPE_BY_TYPE_AND_BLOCK(encode_any, from, n, dim, block, bits, scales, minima, planes);
+    const Rotation rotation = rotation_of(dtype, block);
+    return dim == USUAL ? encode(rotation, from, n, USUAL, USUAL, bits, scales, minima, planes)
+                        : encode(rotation, from, n, dim, block, bits, scales, minima, planes);
 }
 
 bool rotated_decode(const uint8_t *scales, const uint8_t *minima, const uint8_t *planes, unsigned dtype, size_t n,
                     size_t dim, const uint8_t *bits, uint8_t *to) {
     const size_t block = block_of(dim);
-    return LMPIPE_BY_TYPE_AND_BLOCK(decode_any, scales, minima, planes, n, dim, block, bits, to);
+    const Rotation rotation = rotation_of(dtype, block);
+    return dim == USUAL ? decode(rotation, scales, minima, planes, n, USUAL, USUAL, bits, to)
+                        : decode(rotation, scales, minima, planes, n, dim, block, bits, to);
 }
 
 }  // namespace lmpipe::LMPIPE_LEVEL
