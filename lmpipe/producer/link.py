@@ -185,6 +185,7 @@ class Link:
         self._stop = True
         self._wakeup.wake()
         self._thread.join()
+        self._wakeup.close()  # not by the thread: it may end before it is woken
 
     # The link's thread.
 
@@ -208,7 +209,6 @@ class Link:
             self._fail_all()
             self._on_lost("closed")
             self._close_client()
-            self._wakeup.close()
             for attachment in (*self._former, *([self.attachment] if self.attachment else [])):
                 attachment.retire(abandon=True)
 
