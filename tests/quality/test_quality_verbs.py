@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -18,62 +19,72 @@ from tokenizers.pre_tokenizers import Whitespace
 from lmpipe.cli import main
 from lmpipe.codecs import calibration
 from lmpipe.errors import LmpipeError
-from lmpipe.quality.job import CalibrationJob, packed, unpacked
+from lmpipe.quality import __main__ as quality_process
+from lmpipe.quality.job import CalibrationJob, Job, packed, unpacked
 from lmpipe.quality.subject import Subject, tokens_of
 
-Lmpipe = Callable[..., subprocess.CompletedProcess[str]]
+Lmpipe = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def lmpipe(tmp_path: Path) -> Lmpipe:
-    """Runs a command in a process of its own, since it becomes another program."""
+def lmpipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Lmpipe:
+    """Runs a command in an empty directory; exit status, stdout, stderr. Its job is done in this process."""
 
-    def run(*argv: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-P", "-m", "lmpipe", *map(str, argv)]
-        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=100, check=False)
+    def become(job: Job) -> NoReturn:
+        monkeypatch.setattr(sys, "argv", ["", packed(job)])
+        raise SystemExit(quality_process.main())
 
+    def run(*argv: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stop:
+            main([str(argument) for argument in argv])
+        out, err = capfd.readouterr()
+        return stop.value.code, out, err
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lmpipe.cli.quality.become", become)
+    monkeypatch.setattr("lmpipe.cli.calibrate.become", become)
     return run
 
 
 def test_calibrate_then_quality(lmpipe: Lmpipe, directory: Path, text: Path, tmp_path: Path) -> None:
-    made = lmpipe("calibrate", directory, "--budget", 3.5, "--data", text, "--context", 512, "--windows", 1)
-    assert made.returncode == 0, made.stderr
+    status, out, err = lmpipe("calibrate", directory, "--budget", 3.5, "--data", text, "--context", 512, "--windows", 1)
+    assert status == 0, err
     file = tmp_path / f"{directory.name}.calibration.json"
     found = calibration.read(file)
     assert found.shape == (3, 2, 2, 32)
     assert (found.model, found.budget_bits) == (directory.name, 3.5)
     assert sum(found.table) <= 3.5 * len(found.table)
     assert file.with_suffix(".png").stat().st_size > 1000
-    assert f"calibration: {file.name}" in made.stdout
+    assert f"calibration: {file.name}" in out
 
-    run = ["quality", directory, "--data", text, "--contexts", 512, "--windows", 2, "--new-tokens", 2]
-    got = lmpipe(*run, "--calibration", file, "--codecs", "adaptive,fp8", "--json", "--out", "figures")
-    assert got.returncode == 0, got.stderr
-    shape = json.loads(got.stdout)
+    asked = ["quality", directory, "--data", text, "--contexts", 512, "--windows", 2, "--new-tokens", 2]
+    status, out, err = lmpipe(*asked, "--calibration", file, "--codecs", "adaptive,fp8", "--json", "--out", "figures")
+    assert status == 0, err
+    shape = json.loads(out)
     assert [row["codec"] for row in shape["rows"]] == ["none", "adaptive", "fp8"]
     assert shape["rows"][1]["bits"] == pytest.approx(sum(found.table) / len(found.table) + 32 / 32, abs=0.15)
     assert shape["model"] == directory.name
     assert json.loads((tmp_path / "figures/quality.json").read_text()) == shape
     assert (tmp_path / "figures/quality.png").stat().st_size > 1000
 
-    table = lmpipe(*run, "--codecs", "zstd")
-    assert table.returncode == 0, table.stderr
-    assert "perplexity" in table.stdout
+    status, out, err = lmpipe(*asked, "--codecs", "zstd")
+    assert status == 0, err
+    assert "perplexity" in out
 
 
 def test_a_calibration_of_another_model_is_refused(lmpipe: Lmpipe, directory: Path, text: Path, tmp_path: Path) -> None:
     other = calibration.Calibration(1, "other", 1, 2, 1, 64, 3.0, [[[3], [3]]], [[[[1.0, 1.0, 1.0]]] * 2])
     calibration.write(tmp_path / "other.json", other)
-    got = lmpipe("quality", directory, "--data", text, "--calibration", "other.json")
+    status, _, err = lmpipe("quality", directory, "--data", text, "--calibration", "other.json")
+    assert status == 1
+    assert err.strip().splitlines()[-1].startswith("lmpipe: other.json is of (layers, kv, heads, head_dim)")
+
+
+def test_a_command_becomes_the_process_that_loads_the_model(tmp_path: Path, text: Path) -> None:
+    command = [sys.executable, "-P", "-m", "lmpipe", "quality", str(tmp_path), "--data", str(text)]
+    got = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
     assert (got.returncode, got.stdout) == (1, "")
-    assert got.stderr.strip().splitlines()[-1].startswith("lmpipe: other.json is of (layers, kv, heads, head_dim)")
-
-
-def test_a_directory_without_a_model_is_named(lmpipe: Lmpipe, text: Path, tmp_path: Path) -> None:
-    for verb in (["quality"], ["calibrate", "--budget", 4]):
-        got = lmpipe(*verb, tmp_path, "--data", text)
-        assert got.returncode == 1
-        assert got.stderr.strip().endswith(f"{tmp_path} has no config.json: it is no Hugging Face model")
+    assert got.stderr.strip().endswith(f"{tmp_path} has no config.json: it is no Hugging Face model")
 
 
 @pytest.mark.parametrize(
