@@ -193,8 +193,8 @@ def fp8_decode(src: Buffer, dtype: int, dim: int, dst: Buffer) -> bool:
 def rotated_encode(src: Buffer, dtype: int, dim: int, bits: NDArray[np.uint8], dst: Buffer) -> bool:
     """Body of an `int4h` or `adaptive` chunk: fp16 scales, fp16 minima, bit planes.
 
-    `bits` has shape (vectors,): 3, 4 or 8 each. False if a number is NaN or infinite, or a minimum or scale does not fit
-    fp16. ValueError as above.
+    `bits` has shape (vectors,): 3, 4 or 8 each. False if a number is NaN or infinite, or a minimum or scale does not
+    fit fp16. ValueError as above.
     """
 
 def rotated_decode(src: Buffer, dtype: int, dim: int, bits: NDArray[np.uint8], dst: Buffer) -> bool:
