@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from lmpipe.codecs import CODECS
 from lmpipe.handles import CHUNK, ChunkRecords, Tier
-from lmpipe.index import IndexReader, is_complete
+from lmpipe.index import IndexReader, index_key, is_complete, row_records
 from lmpipe.keys import Prompt
 from lmpipe.producer.shards import run_of_shards
 from lmpipe.producer.wanted import Wanted as Wanted
@@ -190,6 +190,15 @@ class Attachment:
         shards the own one counts: what other ranks have still to save is theirs.
         """
         return len(self._run(prompt.index_keys, first, wanted, own=True)[0])
+
+    def moved(self, record: np.void) -> np.void | None:
+        """What DRAM's row says by now of a chunk that could not be held where it was; None: nothing else."""
+        with self._reading:
+            rows = self.readers[0].run([index_key(record.tobytes())])
+        for there in row_records(rows[0]) if rows else ():
+            if there["shard"] == record["shard"] and there["place"] != record["place"] and _DECODABLE[there["codec"]]:
+                return there
+        return None
 
     def lookup(self, prompt: Prompt, chunks: int, wanted: Wanted, request: int) -> Found:
         """The longest unbroken run of usable chunks from the start of the prompt, its DRAM part held."""

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from lmpipe import messages as m
 from lmpipe import native
 from lmpipe.handles import ChunkRecords, Codec, Tier
-from lmpipe.producer.attachment import TIERS, Attachment, Found, slots_of
+from lmpipe.producer.attachment import LOOKS, TIERS, Attachment, Found, slots_of
 from lmpipe.producer.decoding import Decoder
 from lmpipe.producer.link import Answer, Link
 from lmpipe.producer.saving import PageIds
@@ -167,21 +167,43 @@ class Loader:
         page_ids: PageIds,
     ) -> None:
         at = np.array([arrivals.waiting.pop(key, -1) for key in chunks["key"].tolist()], np.intp)
-        exact_enough = (at >= 0) & (chunks["fidelity"] <= arrivals.fidelity[at])
-        if np.count_nonzero(exact_enough) < np.count_nonzero(at >= 0):
-            arrivals.failed.add("less exact than what was found")
-        chunks, at = chunks[exact_enough], at[exact_enough]
+        chunks, at = chunks[at >= 0].copy(), at[at >= 0]
+        for _ in range(LOOKS * len(at)):
+            held = self._take(attachment, load_id, arrivals, chunks, at, pool, page_ids)
+            chunks, at = chunks[held:], at[held:]
+            if not len(at):
+                return
+            moved = attachment.moved(chunks[0])  # put into another slot, encoded, or gone
+            if moved is None:
+                break
+            chunks[0] = moved
+        arrivals.failed.add("evicted before it was copied")
+
+    def _take(
+        self,
+        attachment: Attachment,
+        load_id: int,
+        arrivals: _Arrivals,
+        chunks: ChunkRecords,
+        at: npt.NDArray[np.intp],
+        pool: native.PagePool,
+        page_ids: PageIds,
+    ) -> int:
+        """Hold what has arrived and copy it; how many of the chunks, from the first, could be held."""
         holds = attachment.holds.take(attachment.arena, *slots_of(chunks), load_id)
         held = len(holds)
-        if held < len(at):
-            arrivals.failed.add("evicted before it was copied")
+        exact_enough = chunks["fidelity"][:held] <= arrivals.fidelity[at[:held]]
+        if not exact_enough.all():
+            arrivals.failed.add("less exact than what was found")
         there = self._scatter(attachment, chunks[:held], pool, page_ids[at[:held]], arrivals)
         if holds.lost:
             arrivals.failed.add("hold lost")
         else:
+            there &= exact_enough
             arrivals.done[at[:held]] = there
             arrivals.fidelity[at[:held]] = chunks["fidelity"][:held]
         attachment.holds.release(holds)
+        return held
 
     def _scatter(
         self,

@@ -7,11 +7,13 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from rig import CALM, CHUNK_TOKENS, Engine, counters, until
 
+from lmpipe.cli import main
 from lmpipe.codecs import ANY, codec_named
 from lmpipe.engines.paged import PagedEngine
 from lmpipe.handles import CHUNK, ChunkRecords, Codec, SessionId, Tier
@@ -19,6 +21,7 @@ from lmpipe.layout import KVLayout
 from lmpipe.lifecycle import SlotEvent
 from lmpipe.producer import attachment as attachment_module
 from lmpipe.producer.decoding import Decoder
+from lmpipe.shm.hold import Holds
 from lmpipe.shm.slots import SlotOwner
 from lmpipe.testing import Node
 
@@ -105,12 +108,33 @@ def test_a_damaged_slot_is_a_failed_load(node: Node) -> None:
         assert result.chunks == 3 and result.reason.startswith("damaged in DRAM")
 
 
+def test_a_chunk_that_was_put_elsewhere_between_answer_and_hold_is_copied_from_there(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Engine(node.run_dir, layout=LAYOUT) as engine:
+        prompt = engine.save_below(3, 4)
+        take, orders = Holds.take, ["compress", "decompress", "compress"]  # raw as it comes up
+
+        def late(self: Holds, *args: Any) -> Any:
+            if orders:
+                assert main([orders.pop(0), str(node.run_dir)]) == 0
+            return take(self, *args)
+
+        found = engine.producer.lookup(prompt)
+        ids = engine.memory.allocate(found.chunks, CHUNK_TOKENS)
+        monkeypatch.setattr(Holds, "take", late)
+        result = engine.producer.load(found, engine.memory.pool, ids, deadline_ms=30_000)
+        assert (result.chunks, result.reason) == (4, "")
+        assert engine.memory.wrong(prompt.keys, ids) == []
+
+
 def test_what_this_process_cannot_decode_is_a_miss(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     with Engine(node.run_dir, layout=LAYOUT) as engine:
         prompt = engine.prompt(2, 6)
         assert engine.save(prompt).wait(0)
         until(lambda: counters(node)["gather_dram_encoded_chunks"] == 6, "all is encoded")
         assert engine.found(prompt) == 6
+        assert engine.producer.flush(prompt, tiers=("ssd",))
         known = attachment_module._DECODABLE.copy()
         known[Codec.ZSTD] = False
         monkeypatch.setattr(attachment_module, "_DECODABLE", known)

@@ -120,7 +120,7 @@ class Bench:
     def held(self) -> frozenset[int]:
         return frozenset(self.words)
 
-    def save(self, chunks: range, pending: int = 0, fidelity: int = 0, codec: int = Codec.RAW) -> None:
+    def save(self, chunks: range, pending: int = 0, fidelity: int = 0, saver: SessionId = ENGINE) -> None:
         slots: list[int] = []
         for position in chunks:
             slot = self.tier.reserve(RAW_BYTES, ENGINE)
@@ -130,12 +130,12 @@ class Bench:
             record["position"], record["shards"], record["layout"] = position, 1, LAYOUT.layout_id()
             record["raw_bytes"] = record["nbytes"] = RAW_BYTES
             record["place"] = slot.place
-            record["fidelity"], record["codec"], record["namespace"] = fidelity, codec, 7
+            record["fidelity"], record["namespace"] = fidelity, 7
             self.arena.payload(slot.index, RAW_BYTES)[:] = content(position)
             self.arena.set_record(slot.index, record[0])
             self.arena.advance(slot, SlotEvent.CLOSE)
             slots.append(slot.index)
-        self.tier.commit(slots, pending, ENGINE)
+        self.tier.commit(slots, pending, saver)
 
     def key(self, position: int) -> bytes:
         return b"same" + position.to_bytes(16, "little")
@@ -164,6 +164,8 @@ class Bench:
     def turn(self) -> None:
         """Work until nothing is left."""
         self.recoder.add(self.tier.take_cleaned())
+        self.recoder.retry()
+        self.recoder.retry()
         while self.recoder.step() or self.hands.jobs:
             if self.hands.jobs:
                 self.hands.run()
@@ -315,6 +317,16 @@ def test_numbers_wait_for_their_layout(bench: Bench) -> None:
     found = bench.record(1)
     assert found is not None
     assert (int(found["codec"]), int(found["fidelity"])) == (Codec.FP8, Fidelity.FP8)
+
+
+def test_what_was_brought_up_waits_until_it_has_been_fetched(bench: Bench) -> None:
+    bench.save(range(1), saver=SessionId(0))
+    bench.recoder.add(bench.tier.take_cleaned())
+    assert not bench.recoder.step() and not bench.hands.jobs
+    bench.recoder.retry()
+    assert not bench.recoder.step() and not bench.hands.jobs
+    bench.turn()
+    assert bench.codec(0) == Codec.ZSTD
 
 
 def test_what_cannot_be_encoded_is_not_tried_again(bench: Bench) -> None:

@@ -95,6 +95,8 @@ class Recoder:
         self._due: dict[Name, None] = {}
         self._held: list[Name] = []
         """Somebody holds them, or there is no room: looked at again after a while."""
+        self._fresh: list[Name] = []
+        self._aged: list[Name] = []
         self._unlaid: dict[int, list[Name]] = {}
         """By layout id: their codec has to know a layout that nobody has told."""
         self._orders: deque[_Order] = deque()
@@ -104,10 +106,18 @@ class Recoder:
     def add(self, names: Iterable[Name]) -> None:
         """Chunks that no tier below waits for any more, to be made smaller if the topology says so.
 
-        Those that come together go by address: what each leaves of its room then grows together with the next one's.
+        Those that were brought up from below wait for a second or two: who asked for them is about to hold them.
         """
         if not self._coding.encodes:
             return
+        saved: list[Name] = []
+        for name in names:
+            row = self._dram.row(name[0])
+            (saved if row is not None and row.savers.get(name[1]) else self._fresh).append(name)
+        self._add_due(saved)
+
+    def _add_due(self, names: Iterable[Name]) -> None:
+        """By address, if they come together: what one leaves of its room then grows together with the next one's."""
         self._due.update(dict.fromkeys(sorted(names, key=self._offset)))
         if len(self._due) > len(self._dram) + SPARE_NAMES:
             self._due = {name: None for name in self._due if self._dram.row(name[0]) is not None}
@@ -133,10 +143,11 @@ class Recoder:
 
     def retry(self) -> None:
         """To be called every second: look again at those that could not be worked on."""
-        held, self._held = self._held, []
-        self.add(held)
+        again = self._held + self._aged
+        self._held, self._aged, self._fresh = [], self._fresh, []
+        self._add_due(again)
         for layout in [layout for layout in self._unlaid if self._coding.layouts.find(layout)]:
-            self.add(self._unlaid.pop(layout))
+            self._add_due(self._unlaid.pop(layout))
 
     def step(self) -> bool:
         """Begin with a chunk, if none is worked on. Returns whether there is more to look at, at once."""
