@@ -93,9 +93,9 @@ LMPIPE_INLINE void decode_vector(const uint8_t *codes, size_t dim, uint32_t expo
 template <unsigned DTYPE>
 LMPIPE_INLINE bool encode(const uint8_t *from, size_t n, size_t dim, uint8_t *exponents, uint8_t *codes) {
     const size_t vector_bytes = dim * ITEM_BYTES<DTYPE>;
+    Floats part[LANES] = {};  // beyond the last vector there are those of LANES vectors before
     for (size_t first = 0; first < n; first += LANES) {
         const size_t live = n - first < LANES ? n - first : LANES;
-        Floats part[LANES] = {};
         for (size_t v = 0; v < live; v++) {
             part[v] = (Floats)largest_of_vector<DTYPE>(from + (first + v) * vector_bytes, dim);
         }

@@ -211,9 +211,10 @@ LMPIPE_INLINE bool encode(const Rotation &rotation, const uint8_t *from, size_t 
     const float factor = root_of(block);
     float rows[LANES * MAX_HEAD_DIM];
     uint8_t codes[LANES * MAX_HEAD_DIM];
+    // Beyond the last vector there are those of LANES vectors before.
+    Floats least[LANES] = {}, most[LANES] = {}, levels = all(1.0f);
     for (size_t first = 0; first < n; first += LANES) {
         const size_t live = n - first < LANES ? n - first : LANES;
-        Floats least[LANES] = {}, most[LANES] = {}, levels = all(1.0f);
         rotation.forth(from + first * dim * rotation.item_bytes, live, dim, block, width, rows, least, most);
         for (size_t v = 0; v < live; v++) levels[v] = (float)((1u << bits[first + v]) - 1);
         // Adding zero makes a zero of minus zero.
