@@ -90,10 +90,11 @@ class Header:
             raise FormatError(f"dtype of an encoded chunk is {dtype}: there are {len(DTYPES)}")
         if extra_bytes > payload:
             raise FormatError(f"extra_bytes of an encoded chunk is {extra_bytes}: {payload} bytes follow the header")
-        layout = _layout(shape, axes, DTYPES[dtype]) if any(shape) else None
+        name = DTYPES[int(dtype)]
+        layout = _layout(shape, axes, name) if any(shape) else None
         if layout and layout.page_bytes * layout.plane_count * pages != raw_bytes:
             raise FormatError(f"the shape of an encoded chunk {shape} x {pages} pages is not of {raw_bytes} bytes")
-        return cls(codec, raw, payload, DTYPES[dtype], layout, pages, position, sink_tokens, edge_layers, extra_bytes)
+        return cls(codec, raw, payload, name, layout, pages, position, sink_tokens, edge_layers, extra_bytes)
 
 
 def _shape(layout: KVLayout) -> tuple[int, ...]:
