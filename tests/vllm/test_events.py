@@ -96,7 +96,7 @@ def test_where_hits_came_from(engine: Engine, node: Node, monkeypatch: pytest.Mo
     settled(engine, "ssd", prompt=prompt[: 2 * CHUNK])
     only(node, "ssd")
     engine.reset_prefix_cache()
-    monkeypatch.setattr(producers(engine)[0], "prefetch", lambda prompt: 0)
+    monkeypatch.setattr(producers(engine)[0], "prefetch", lambda prompt, exact: 0)
     splits: list[dict[CacheHitSource, int]] = []
     sources = engine.scheduler_connector._scheduler.sources
 
