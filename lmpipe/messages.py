@@ -11,7 +11,7 @@ A message is a header frame and one frame for each array:
     | 16 x 32 int32                                                    |  frame 2
     +------------------------------------------------------------------+
 
-Dtypes on the wire: "chunk" (the 72-byte record), "i4", "u8". What does not fit (another version, an unknown or missing
+Dtypes on the wire: "chunk" (the 72-byte record), "key" (anchor and key, 20 bytes), "i4", "u8". What does not fit (another version, an unknown or missing
 field, a wrong type, a length or count out of bounds, a frame too many) is refused with a `MessageError` that names the
 field. Arrays that come in are views of the frames: take them as read-only, copy before writing.
 
@@ -37,16 +37,21 @@ from msgspec import Meta
 
 from lmpipe.errors import LayoutError, MessageError
 from lmpipe.handles import CHUNK, ChunkRecords, Codec, SessionId, Tier
+from lmpipe.keys import ANCHOR_BYTES, KEY_BYTES
 from lmpipe.layout import KVLayout
 from lmpipe.wire import MAX_HEADER_BYTES, MAX_TEXT, ArraySpec, Frame, Via, Wire
 
 MAX_CHUNKS = 1 << 16
 MAX_PAGE_IDS = 1 << 22
 MAX_PLANES = 1 << 12
+MAX_LOOKUP_KEYS = 1 << 14
 MAX_FRAME_BYTES = max(MAX_HEADER_BYTES, MAX_CHUNKS * CHUNK.itemsize, MAX_PAGE_IDS * 4)
 
 PageIds = npt.NDArray[np.int32]
 Places = npt.NDArray[np.uint64]
+IndexKeys = npt.NDArray[np.void]
+INDEX_KEY = np.dtype(f"V{ANCHOR_BYTES + KEY_BYTES}")
+"""anchor ‖ key of a chunk, as the index has it."""
 
 # The record fields that the code behind uses as they are: shard, shards, codec.
 _NUMBERS = struct.Struct("<24xHHH42x")
@@ -80,12 +85,19 @@ _Hex = Annotated[str, Meta(max_length=64, pattern=r"\A([0-9a-f]{2})*\Z")]
 _Reason = Annotated[str, Meta(max_length=MAX_TEXT)]
 _Chunks = Annotated[ChunkRecords, ArraySpec("chunk", CHUNK, 1, MAX_CHUNKS, MAX_CHUNKS, _check_records)]
 _PageIds = Annotated[PageIds, ArraySpec("i4", np.dtype("<i4"), 2, MAX_CHUNKS, MAX_PAGE_IDS)]
+_Rows = Annotated[PageIds, ArraySpec("i4", np.dtype("<i4"), 2, MAX_CHUNKS, 3 * MAX_CHUNKS)]
+_Keys = Annotated[IndexKeys, ArraySpec("key", INDEX_KEY, 1, MAX_LOOKUP_KEYS, MAX_LOOKUP_KEYS)]
 _Places = Annotated[Places, ArraySpec("u8", np.dtype("<u8"), 1, MAX_CHUNKS, MAX_CHUNKS)]
 
 
 def no_chunks() -> ChunkRecords:
     """An empty record array."""
     return np.empty(0, CHUNK)
+
+
+def no_rows() -> PageIds:
+    """An empty array of `Found.rows`."""
+    return np.empty((0, 3), np.int32)
 
 
 def no_pages() -> PageIds:
@@ -287,6 +299,28 @@ class LoadFailed(Message):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Lookup(Message):
+    """Which rows has each tier of these chunks of a prompt? From one who cannot map the index (docs/decisions/0017)."""
+
+    ref: _Id
+    keys: _Keys
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Found(Message):
+    """What was there of a prompt from its start up to the first chunk of which no tier has anything. Holds are taken by
+    who asked, as after a lookup of its own.
+
+    `rows`: (rows, 3), for each the chunk's number in the lookup, the tier's in `tiers`, and how many of `chunks` it has.
+    """
+
+    ref: _Id
+    tiers: Annotated[list[Tier], Meta(max_length=8)]
+    rows: _Rows
+    chunks: _Chunks
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Prefetch(Message):
     """Bring these chunks up to DRAM; nobody waits."""
 
@@ -431,6 +465,8 @@ TYPES: Sequence[type[Message]] = (
     Load,
     Loaded,
     LoadFailed,
+    Lookup,
+    Found,
     Prefetch,
     Cancel,
     Touch,
@@ -464,6 +500,16 @@ def _check_save(message: Save) -> None:
         raise MessageError("page_ids", "a page id is negative")
 
 
+def _check_found(message: Found) -> None:
+    rows = message.rows
+    if rows.shape[1] != 3:
+        raise MessageError("rows", f"{rows.shape[1]} columns, wanted 3")
+    if rows.size and (rows.min() < 0 or rows[:, 2].min() < 1 or rows[:, 1].max() >= len(message.tiers)):
+        raise MessageError("rows", f"a number below 0, a row of no records, or a tier that is none of {message.tiers}")
+    if (wanted := int(rows[:, 2].sum(dtype=np.int64))) != len(message.chunks):
+        raise MessageError("chunks", f"{len(message.chunks)}, the rows have {wanted}")
+
+
 def _check_namespace(message: Invalidate | Recode) -> None:
     if message.namespace >= 2**64:
         raise MessageError("namespace", "does not fit 64 bits")
@@ -477,6 +523,7 @@ def _check_pong(message: Pong) -> None:
 _CHECKS: dict[type[Message], Callable[[Any], None]] = {
     Register: _check_register,
     Save: _check_save,
+    Found: _check_found,
     Invalidate: _check_namespace,
     Recode: _check_namespace,
     Pong: _check_pong,

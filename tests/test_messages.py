@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import orjson
 import pytest
 from hypothesis import given, settings
@@ -59,6 +60,8 @@ SAMPLES: list[Message] = [
     m.Load(ME, 2**63 - 1, records(2), "arena", 123_456_789),
     m.Loaded(ME, 10, "ring.persist", records(2)),
     m.LoadFailed(ME, 10, "stale", records(1)),
+    m.Lookup(ME, 12, np.frombuffer(bytes(range(40)), m.INDEX_KEY)),
+    m.Found(ME, 12, [Tier.DRAM, Tier.SSD], np.array([[0, 0, 2], [1, 1, 1]], np.int32), records(3)),
     m.Prefetch(ME, records(2)),
     m.Cancel(ME, 10),
     m.Touch(ME, records(1)),
@@ -110,6 +113,10 @@ def test_empty_arrays_and_no_options(name: str) -> None:
         sample = dataclasses.replace(sample, chunks=m.no_chunks())
     if isinstance(sample, m.Save):
         sample = dataclasses.replace(sample, page_ids=m.no_pages(), grant=-1)
+    if isinstance(sample, m.Found):
+        sample = dataclasses.replace(sample, rows=m.no_rows())
+    if isinstance(sample, m.Lookup):
+        sample = dataclasses.replace(sample, keys=sample.keys[:0])
     if isinstance(sample, m.Register):
         sample = dataclasses.replace(sample, layout=None, pages=None)
     assert decode(encode(sample)) == sample
@@ -147,6 +154,10 @@ def bad_record(**fields: object) -> list[bytes | memoryview]:
     for field, value in fields.items():
         chunks[field][1] = value
     return encode(m.Touch(ME, chunks))
+
+
+def found(rows: npt.ArrayLike) -> list[bytes | memoryview]:
+    return encode(dataclasses.replace(BY_NAME["Found"], rows=np.array(rows, np.int32)))
 
 
 SAVE = encode(BY_NAME["Save"])
@@ -205,6 +216,12 @@ WRONG: dict[str, tuple[list[bytes | memoryview], str]] = {
     "frame too long": ([SAVE[0], bytes(SAVE[1]) + b"\0", SAVE[2]], "chunks"),
     "page ids for slots": (changed("Save", segment="arena"), "page_ids"),
     "negative page id": ([*SAVE[:2], np.full(12, -1, np.int32).tobytes()], "page_ids"),
+    "rows of two columns": (found(np.zeros((1, 2), np.int32)), "rows"),
+    "row of a negative chunk": (found([[-1, 0, 2], [1, 1, 1]]), "rows"),
+    "row of an unknown tier": (found([[0, 0, 2], [1, 2, 1]]), "rows"),
+    "row without a record": (found([[0, 0, 3], [1, 1, 0]]), "rows"),
+    "rows of more records than there are": (found([[0, 0, 2], [1, 1, 2]]), "chunks"),
+    "too many keys": (changed("Lookup", arrays=[["keys", "key", [m.MAX_LOOKUP_KEYS + 1]]]), "keys"),
     "record of no shards": (bad_record(shards=0, shard=0), "chunks"),
     "record of an unknown codec": (bad_record(codec=999), "chunks"),
 }
@@ -256,6 +273,7 @@ def test_ids_and_counts() -> None:
         **dict.fromkeys(["Recode", "Recoded"], 5),
         **dict.fromkeys(["Drain", "Drained"], 4),
         **dict.fromkeys(["Pin", "Pinned"], 11),
+        **dict.fromkeys(["Lookup", "Found"], 12),
         "Load": 2**63 - 1,
     }
     assert m.chunk_count(BY_NAME["Save"]) == 3 and m.chunk_count(BY_NAME["Ping"]) == 0
