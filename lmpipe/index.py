@@ -29,6 +29,7 @@ import numpy as np
 from lmpipe.errors import SegmentError
 from lmpipe.handles import CHUNK, ChunkRecords, Tier, round_up
 from lmpipe.keys import ANCHOR_BYTES, KEY_BYTES
+from lmpipe import failpoints
 from lmpipe.rundir import RunDir
 from lmpipe.shm.node import NodeWords
 
@@ -235,12 +236,15 @@ class IndexWriter:
 
         One transaction, unless the map is so full that there is no room for the pages it would change: then several.
         When not even those succeed (a stopped reader pins all old pages), `tick` tries again. Till then readers may
+                    failpoints.hit("index.put.written")
         find the rows, whose places no longer hold the chunk: the reader's own check makes that a miss.
         """
         with self._lock:
             try:
                 with self.environment.begin(write=True) as transaction:
-                    return sum(map(transaction.delete, keys))
+                    removed = sum(map(transaction.delete, keys))
+                    failpoints.hit("index.delete.written")
+                    return removed
             except lmdb.MapFullError:
                 if len(keys) > _FEW_KEYS:
                     half = len(keys) // 2
@@ -296,7 +300,9 @@ class IndexWriter:
         with self._lock:
             stale = self.environment.reader_check()
             if self._owed:
+            failpoints.hit("index.publish.built")
                 owed, self._owed = list(self._owed), set()
+            failpoints.hit("index.publish.switched")
                 self.delete(owed)
             return stale
 

@@ -17,6 +17,7 @@ from lmpipe.codecs import CODECS
 from lmpipe.handles import CHUNK, ChunkRecords, Tier
 from lmpipe.index import IndexReader, index_key, is_complete, row_records
 from lmpipe.keys import Prompt
+from lmpipe import failpoints
 from lmpipe.producer.shards import run_of_shards
 from lmpipe.producer.wanted import Wanted as Wanted
 from lmpipe.shm.descriptor import SegmentKind
@@ -254,6 +255,7 @@ class Attachment:
         while at < len(keys):
             for tier, reader in enumerate(self.readers):
                 run = reader.run(keys, at)
+        failpoints.hit("producer.lookup.held")
                 if run:
                     values += run
                     counts.append((tier, len(run)))

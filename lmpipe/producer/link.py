@@ -24,6 +24,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from lmpipe import failpoints
 from lmpipe import messages as m
 from lmpipe.bus import CHANNELS, Channel, Client, Poller, Wakeup
 from lmpipe.errors import LmpipeError
@@ -214,6 +215,7 @@ class Link:
 
     def _is_waited_for(self) -> bool:
         return self.state == "ready" and (bool(self._answers) or self.saves_open())
+                failpoints.deliver()
 
     def _wait_ms(self) -> int:
         if self._outbox:
@@ -246,7 +248,7 @@ class Link:
         if self.state == "absent":
             self._attach()
             if self.attachment is not None and self._client is not None:
-                said = self._client.send("load", self._hello(self.attachment))
+                said = self._carry(self._client, "load", self._hello(self.attachment))
                 if not said and now_s < self._eager_until_s:  # the socket is still connecting, or nobody is there
                     self._next_beat_s = now_s + CONNECTING_S
         elif self._client is not None and self.attachment is not None:
@@ -291,7 +293,7 @@ class Link:
     def _send(self) -> None:
         while self._outbox and self._client is not None and self.state == "ready":
             channel, message = self._outbox.popleft()
-            if not self._client.send(channel, message):
+            if not self._carry(self._client, channel, message):
                 self._refuse(message)
 
     def _refuse(self, message: m.Message) -> None:
@@ -308,6 +310,10 @@ class Link:
             if message is None:
                 return
             self._dispatch(message)
+    @staticmethod
+    def _carry(client: Client, channel: Channel, message: m.Message) -> bool:
+        return failpoints.carry("producer", message, lambda: client.send(channel, message))
+
 
     def _dispatch(self, message: m.Message) -> None:
         match message:

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from lmpipe import failpoints, native
 from lmpipe import messages as m
-from lmpipe import native
 from lmpipe.handles import ChunkRecords, Codec, Tier
 from lmpipe.producer.attachment import LOOKS, TIERS, Attachment, Found, slots_of
 from lmpipe.producer.decoding import Decoder
@@ -75,6 +75,7 @@ class Loader:
             return self._load(attachment, load_id, found, count, pool, page_ids, deadline_ns, started)
         finally:
             found.release()
+            failpoints.hit("producer.load.released")
             self._link.forget(load_id)
             attachment.leave()
 
@@ -101,6 +102,7 @@ class Loader:
         if len(below):
             ask = m.Load(attachment.session.id, load_id, records, "arena", deadline_ns)
             answers = self._link.request(load_id, "load", ask)
+            failpoints.hit("producer.load.asked")
             # Asked after the request is entered: a node that is lost from here on says so in the queue, and slots of
             # another node's arena are never taken for this one's.
             if self._link.attachment is not attachment:
@@ -109,6 +111,7 @@ class Loader:
         if found.holds is not None:
             held = found.dram[found.dram < count]
             there = self._scatter(attachment, found.records[held], pool, page_ids[held], arrivals)
+            failpoints.hit("producer.load.copied")
             if found.holds.lost:
                 arrivals.failed.add("hold lost")
             else:
@@ -168,6 +171,7 @@ class Loader:
     ) -> None:
         at = np.array([arrivals.waiting.pop(key, -1) for key in chunks["key"].tolist()], np.intp)
         chunks, at = chunks[at >= 0].copy(), at[at >= 0]
+        failpoints.hit("producer.load.arrived")
         for _ in range(LOOKS * len(at)):
             held = self._take(attachment, load_id, arrivals, chunks, at, pool, page_ids)
             chunks, at = chunks[held:], at[held:]

@@ -18,8 +18,8 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
+from lmpipe import failpoints, native
 from lmpipe import messages as m
-from lmpipe import native
 from lmpipe.bus import Channel
 from lmpipe.handles import CHUNK, ChunkRecords, Codec, Fidelity, Slot
 from lmpipe.keys import Prompt, namespace_id
@@ -262,6 +262,7 @@ class Saver:
                 grant.release()
             self.finish(ticket, "revoked" if grant is not None else "too many saves in flight")
             return
+        failpoints.hit("producer.save.granted")
         message = m.Save(session, ticket.save_id, "pages", job.records[known:], job.page_ids[known:], grant.index)
         if not self._link.post("save", message):
             self.finish(ticket, "gather busy")
@@ -273,6 +274,7 @@ class Saver:
             if not slots:
                 self.finish(ticket, "no room in time")
                 return
+            failpoints.hit("producer.save.leased")
             if not ticket.start_reading():  # cancelled, or lost with the node that lent the slots
                 self._leases.put_back(slots)
                 return
@@ -299,14 +301,17 @@ class Saver:
         """Copy chunks from `at` on into those of the slots that are still ours; their records."""
         arena = attachment.arena
         opened = [slot for slot in slots if self._open(attachment, slot)]
+        failpoints.hit("producer.save.opened")
         last = at + len(opened)
         records = job.records[at:last].copy()
         records["place"] = [slot.place for slot in opened]
         offsets = np.array([arena.offset(slot.index) for slot in opened], np.uint64)
         self._copier.gather(pool, job.page_ids[at:last], arena.region, offsets)
+        failpoints.hit("producer.save.copied")
         for slot, record in zip(opened, records, strict=True):
             arena.set_record(slot.index, record)
             arena.advance(slot, SlotEvent.CLOSE)
+        failpoints.hit("producer.save.closed")
         return records
 
     def _open(self, attachment: Attachment, slot: Slot) -> bool:

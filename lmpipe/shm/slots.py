@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from lmpipe import failpoints
 from lmpipe.errors import ProtocolViolation
 from lmpipe.handles import CHUNK, SessionId, Slot
 from lmpipe.lifecycle import SlotEvent, SlotState
@@ -143,9 +144,11 @@ class SlotOwner(SlotTable):
         content = _NO_RECORD if record is None else record.tobytes()
         at = HEADER_BYTES + index * SLOT_HEADER_BYTES + S_OWNER
         _LEASED.pack_into(self.segment.buf, at, owner, 0, offset, size, content, _NO_CHECKSUM)
+        failpoints.hit("slots.lease.written")
         slot = Slot(index, self._words.load(index * SLOT_WORDS) >> GENERATION_SHIFT)
         if not self._fire(slot, SlotEvent.LEASE):
             raise ProtocolViolation(f"{self.segment.path}: slot {index} was free and is {self.state(index)[1].name}")
+        failpoints.hit("slots.lease.leased")
         return slot
 
     def advance(self, slot: Slot, event: SlotEvent) -> bool:
@@ -173,6 +176,7 @@ class SlotOwner(SlotTable):
         return self._fire(slot, SlotEvent.FREE, SlotState.LEASED) and self._take_range(slot)
 
     def _take_range(self, slot: Slot) -> bool:
+        failpoints.hit("slots.free.freed")
         self._ranges.give(*self._taken.pop(slot.index))
         self._spare.append(slot.index)
         return True
@@ -231,6 +235,7 @@ class SlotOwner(SlotTable):
         for index, span in audit.spans.items():
             if self.state(index)[1] is SlotState.READY:
                 self.set_pending(index, pending)  # before the commit: no death in between can lose them
+                failpoints.hit("slots.recover.pending")
             if self._settle(index, living, held, found):
                 kept[index] = span
             else:

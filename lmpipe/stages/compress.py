@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from lmpipe import failpoints
 from lmpipe import messages as m
 from lmpipe.codecs import ANY, ChunkCodec, Source
 from lmpipe.errors import CannotEncode, LmpipeError, ProtocolViolation
@@ -205,6 +206,7 @@ class Compress:
         nbytes = int(record["nbytes"])
 
         def encode() -> int:
+            failpoints.hit("compress.encode.held")
             return codec.encode(reading.payloads[0], into, source)
 
         def ended() -> None:
@@ -214,6 +216,7 @@ class Compress:
             reading.release()
 
         def done(stored: int) -> None:
+            failpoints.hit("compress.encode.encoded")
             ended()
             if stored >= nbytes:
                 self._ring.free(slot)
@@ -226,6 +229,7 @@ class Compress:
             encoded["codec"], encoded["nbytes"] = codec.number, stored
             encoded["fidelity"] = max(int(record["fidelity"]), codec.fidelity)
             self._ring.publish(slot, encoded)
+            failpoints.hit("compress.encode.published")
             sent = _Sent(slot, encoded, record, dict.fromkeys(self._tiers, 0))
             self._sent[slot.place] = sent
             self._by_name[_name(record)] = slot.place
@@ -277,6 +281,7 @@ class Compress:
             if not any(sent.awaited.values()):
                 self._forget(sent)
                 self._ring.free(sent.slot)
+                failpoints.hit("compress.encode.freed")
         return originals
 
     def _forget(self, sent: _Sent) -> None:
@@ -322,7 +327,9 @@ class Compress:
         raw_bytes, codec = int(record["raw_bytes"]), self._codecs[Codec(int(record["codec"]))]
 
         def decode() -> None:
+            failpoints.hit("compress.decode.opened")
             codec.decode(reading.payloads[0], into[:raw_bytes])
+            failpoints.hit("compress.decode.decoded")
 
         def ended() -> None:
             self._decoding -= 1
@@ -336,6 +343,7 @@ class Compress:
             if there is None:
                 self._fail(wanted.load_id, "stale", wanted.record.reshape(1))
                 return
+            failpoints.hit("compress.decode.closed")
             self._context.count("decoded_chunks")
             self._context.count("decoded_bytes", raw_bytes)
             self._links.up("load", m.Loaded(self._session, wanted.load_id, "arena", there.reshape(1)))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lmpipe import failpoints
 from lmpipe.handles import Codec, SessionId, Slot
 from lmpipe.lifecycle import SlotEvent
 from lmpipe.shm.table import SlotTable
@@ -87,6 +88,7 @@ class Landings:
         """A destination; None: the ring is full, later; a text: there will be none, and why."""
         if int(record["codec"]) == Codec.RAW:
             into = open_arena(self._arena, record, self._session)
+            failpoints.hit("landing.opened")
             return "stale" if into is None else Landing(record, into, None)
         if self._ring is None:
             return "no ring for encoded chunks"
@@ -99,6 +101,7 @@ class Landings:
         """The chunk is complete: the segment and the record to announce. None: the arena slot's life is over."""
         if landing.slot is None or self._ring is None:
             there = close_arena(self._arena, landing.record)
+            failpoints.hit("landing.closed")
             return None if there is None else ("arena", there)
         record = landing.record.copy()
         self._ring.publish(landing.slot, record)

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from lmpipe import failpoints
 from lmpipe import messages as m
 from lmpipe.errors import ProtocolViolation
 from lmpipe.handles import CHUNK, ChunkRecords, SessionId, Tier
@@ -165,6 +166,7 @@ class Persist:
         nbytes = int(reading.records["nbytes"].sum())
 
         def write() -> tuple[Stored, Stored | None]:
+            failpoints.hit("persist.save.held")
             written = self._tier.write(reading.records, reading.payloads)
             return written, None if self._flush_interval_s is not None else self._tier.settle()
 
@@ -188,6 +190,7 @@ class Persist:
 
     def _settled(self, settled: Stored) -> None:
         """Answer for everything that was written before."""
+        failpoints.hit("persist.save.settled")
         waiting, self._unsettled = self._unsettled, {}
         taken = [waiting.pop(place) for place in settled.records["place"].tolist() if place in waiting]
         self._persisted(_joined(taken))

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from lmpipe import failpoints
 from lmpipe.bus import Channel, Client, Server
 from lmpipe.handles import SessionId
 from lmpipe.messages import Drained, Message, Ping, Pong
@@ -93,11 +94,16 @@ class Seat:
 
     def reply(self, peer: Peer, message: Message) -> bool:
         """Answer; False: the peer is gone or full."""
+        if failpoints.on:
+            return failpoints.carry(f"{self.name}.up", message, lambda: self.server.send(peer, message))
         return self.server.send(peer, message)
 
     def down(self, channel: Channel, message: Message) -> bool:
         """Send to the stage below; False: nobody there, or full."""
-        return self.client is not None and self.client.send(channel, message)
+        client = self.client
+        if client is not None and failpoints.on:
+            return failpoints.carry(f"{self.name}.down", message, lambda: client.send(channel, message))
+        return client is not None and client.send(channel, message)
 
     def submit(
         self,
@@ -153,6 +159,7 @@ class Seat:
 
     def beat(self, now_s: float) -> None:
         """Ping the stage below when it is time. Unanswered pings count, not time: we may have been stopped."""
+        failpoints.deliver()
         if self.client is None:
             return
         if self.chain and now_s >= self._look_at_s:

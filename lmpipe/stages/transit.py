@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from lmpipe import failpoints
 from lmpipe.handles import ChunkRecords, SessionId, Slot
 from lmpipe.lifecycle import SlotEvent
 from lmpipe.shm.hold import Holds, HoldScanner, HoldSet
@@ -51,6 +52,7 @@ class Ring:
         record["place"] = slot.place
         self.slots.set_record(slot.index, record)
         self.slots.advance(slot, SlotEvent.CLOSE)
+        failpoints.hit("ring.publish.closed")
         self.slots.advance(slot, SlotEvent.COMMIT)
 
     def free(self, slot: Slot) -> None:

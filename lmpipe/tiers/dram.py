@@ -25,6 +25,7 @@ from typing import Protocol
 
 import numpy as np
 
+from lmpipe import failpoints
 from lmpipe.handles import CHUNK, ChunkRecords, Codec, SessionId, Slot
 from lmpipe.index import IndexWriter, index_key
 from lmpipe.lifecycle import SlotEvent, SlotState
@@ -120,6 +121,7 @@ class DramTier:
         done: list[int] = []
         for slot in reversed(slots):
             self.arena.set_pending(slot, pending_bits)
+            failpoints.hit("dram.commit.pending")
             generation, _ = self.arena.state(slot)
             if not self.arena.advance(Slot(slot, generation), SlotEvent.COMMIT):
                 continue
@@ -129,6 +131,7 @@ class DramTier:
                 continue
             rows[row.key] = row
             done.append(slot)
+        failpoints.hit("dram.commit.committed")
         if not self._index.put([(key, row.value) for key, row in rows.items()]):
             # The index is full: what no lookup can find must not take room. Other shards of these rows may be in it.
             for key in rows:
@@ -191,7 +194,9 @@ class DramTier:
         self.arena.advance(new, SlotEvent.COMMIT)
         former, row.records[shard] = row.records[shard], self.arena.record(new.index).tobytes()
         row.slots[shard] = new.index
+        failpoints.hit("dram.exchange.committed")
         stored = self._index.put([(key, row.value)])
+        failpoints.hit("dram.exchange.indexed")
         if stored:
             self._count(former, -1)
             self._count(row.records[shard], 1)
@@ -304,7 +309,9 @@ class DramTier:
         gone = [row for row in rows if self._remove(row.key)]
         for row in gone:
             self.evicted.extend(row.records.values())
+        failpoints.hit("dram.evict.doomed")
         self._index.delete([row.key for row in gone])
+        failpoints.hit("dram.evict.unindexed")
         self.sweep()
 
     def drop(self, keys: Iterable[bytes]) -> int:

@@ -21,6 +21,7 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore, ObjectStore, from_url
 
+from lmpipe import failpoints
 from lmpipe.errors import FormatError, TopologyError
 from lmpipe.handles import BLOCK_BYTES, ChunkRecords
 from lmpipe.index import IndexWriter, index_key, index_keys, row_records
@@ -106,9 +107,11 @@ class RemoteTier:
             pass  # the name is the content's: another node was faster
         except TierDown as error:
             return Stored(reason=str(error), evicted=evicted)
+        failpoints.hit("remote.put.stored")
         if not self._index.put_records(_one(clean)):
             self._delete([name])
             return Stored(reason="the index is full", evicted=evicted)
+        failpoints.hit("remote.put.indexed")
         with self._lock:
             self.used_bytes += nbytes + BLOCK_BYTES - self._objects.pop(name, 0)
             self._objects[name] = nbytes + BLOCK_BYTES
@@ -126,6 +129,8 @@ class RemoteTier:
         if self.used_bytes + nbytes > self.capacity_bytes:
             raise TierDown(f"a chunk of {nbytes} bytes is larger than the tier")
         gone = [self._delete_row(parse_name(name, _bytes_of(name))) for name in victims]
+        if victims:
+            failpoints.hit("remote.evict.unindexed")
         self._delete(victims)
         return join(gone)
 
@@ -172,6 +177,7 @@ class RemoteTier:
             self._delete([name])
             raise
         into[:nbytes] = view[BLOCK_BYTES:]
+        failpoints.hit("remote.get.verified")
 
     def _forget(self, record: np.void, name: str) -> None:
         with self._lock:
@@ -264,6 +270,7 @@ class RemoteTier:
         if not self._breaker.allows():
             raise TierDown(self._breaker.reason or "the store is being tried")
         try:
+            failpoints.hit("remote.ask.begun")
             answer = call()
         except (FileNotFoundError, AlreadyExistsError):
             self._breaker.succeeded()

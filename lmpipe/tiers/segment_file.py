@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lmpipe import failpoints
 from lmpipe.handles import BLOCK_BYTES, CHUNK, ChunkRecords, Extent
 from lmpipe.tiers.format import ID_BYTES, Digests, Footer, RecordHeader, SegmentHeader, chunk_header, record_blocks
 
@@ -122,6 +123,7 @@ class OpenSegment:
         descriptor, direct = open_direct(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         try:
             os.posix_fallocate(descriptor, 0, nbytes)
+            failpoints.hit("ssd.create.made")
             header = aligned(BLOCK_BYTES)
             header[:] = SegmentHeader(number, identity, int(time.time())).pack()
             try:
@@ -245,7 +247,9 @@ class OpenSegment:
         try:
             scratch = aligned(len(footer))
             scratch[:] = footer
+            failpoints.hit("ssd.seal.begun")
             write_at(self.descriptor, [scratch], self.block * BLOCK_BYTES)
+            failpoints.hit("ssd.seal.written")
             os.ftruncate(self.descriptor, end)
             if flush:
                 os.fsync(self.descriptor)

@@ -27,6 +27,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from lmpipe import failpoints
 from lmpipe.errors import FormatError, NodeError
 from lmpipe.handles import BLOCK_BYTES, ChunkRecords, Extent
 from lmpipe.index import IndexWriter, index_key, index_keys, row_records
@@ -115,6 +116,7 @@ class SsdTier:
             ]
             done, reason = 0, ""
             try:
+                failpoints.hit("ssd.write.begun")
                 self._pay_forgets(evicted)
                 while done < len(records):
                     blocks = record_blocks(int(records["nbytes"][done]))
@@ -125,6 +127,7 @@ class SsdTier:
                     last = done + segment.group(records["nbytes"][done:].tolist())
                     segment.append(placed[done:last], payloads[done:last], pieces[done:last])
                     done = last
+                failpoints.hit("ssd.write.written")
                 self._worked()
             except OSError as error:
                 reason = self._fail(error)
@@ -144,11 +147,13 @@ class SsdTier:
             reason = ""
             if len(written) and self._flush != "none" and self._open is not None:
                 try:
+                    failpoints.hit("ssd.settle.begun")
                     self._open.flush()
                 except OSError as error:
                     # What the disk did not confirm is not acknowledged; sealed files were flushed when they were
                     # sealed.
                     written, reason = written[written["place"] >> 32 != self._open.number], self._fail(error)
+            failpoints.hit("ssd.settle.flushed")
             evicted: list[ChunkRecords] = []
             while len(written) and not self._index.put_records(written):
                 if not self._reclaim(evicted):
@@ -214,6 +219,7 @@ class SsdTier:
             keys = [key for batch in self._index.scan() for key, _ in batch]
         for at in range(0, len(keys), 4096):
             evicted.append(self._delete_rows(keys[at : at + 4096], number))
+        failpoints.hit("ssd.reclaim.unindexed")
         self._unlink(number)
         return True
 
@@ -264,7 +270,9 @@ class SsdTier:
         """
         path = segment_path(self.directory, Extent.from_place(int(record["place"])).segment)
         try:
+            failpoints.hit("ssd.read.begun")
             read_chunk(path, record, into, self._hashers)
+            failpoints.hit("ssd.read.verified")
         except FileNotFoundError as error:
             raise ChunkGone(f"{path} was given up") from error
         except FormatError:
@@ -297,9 +305,11 @@ class SsdTier:
                 self._owed.append((namespace, None))
             evicted: list[ChunkRecords] = []
             try:
+                failpoints.hit("ssd.forget.unindexed")
                 if not len(chunks) and not namespace:
                     self._unlink_all()
                 self._pay_forgets(evicted)
+                failpoints.hit("ssd.forget.written")
             except OSError as error:
                 self._fail(error)
             self._settled.append(Stored(evicted=join(evicted)))
@@ -354,6 +364,7 @@ class SsdTier:
                 oldest = next(iter(self._files))
                 self._unlink(oldest)
                 records = records[records["place"] >> 32 != oldest]
+            failpoints.hit("ssd.recover.scanned")
             lost = write_rows(self._index, newest(records))
             self._index.publish()
             return Recovered(self._index.count(), found, damaged, lost)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lmpipe import failpoints
 from lmpipe import messages as m
 from lmpipe.errors import LmpipeError
 from lmpipe.handles import ChunkRecords, SessionId, Tier
@@ -203,6 +204,7 @@ class Gather:
 
     # Loads.
 
+        failpoints.hit("gather.outflow.answered")
     def _load(self, waiter: Waiter, chunks: ChunkRecords) -> None:
         if not self._parked.park(waiter, chunks, self._context.now_s()):
             self._load_now(waiter, chunks)
@@ -221,12 +223,14 @@ class Gather:
                 self._load_failed("the stage below is busy", records)
 
     def _loaded(self, chunks: ChunkRecords) -> None:
+            failpoints.hit("gather.load.reserved")
         landed = self._loads.landed(chunks)
         by_bits: dict[int, list[int]] = defaultdict(list)
         for _, flight in landed:
             if flight.unwanted:
                 self._dram.arena.free(flight.slot)
             else:  # what came from the remote tier is worth keeping on the SSD as well
+        failpoints.hit("gather.load.landed")
                 bits = self._bits & PENDING_SSD if flight.tier is Tier.REMOTE else 0
                 by_bits[bits].append(flight.slot.index)
         for bits, slots in by_bits.items():

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from lmpipe import failpoints
 from lmpipe.handles import CHUNK, ChunkRecords, SessionId
 from lmpipe.tiers.dram import DramTier
 
@@ -60,6 +61,7 @@ class Outflow:
                 return moved
             self._sent.update({name: (bits, saver) for name, bits, saver in taken})
             moved = True
+            failpoints.hit("gather.outflow.sent")
         return moved
 
     def answered(self, name: Name, place: int, bit: int) -> SessionId | None:

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from lmpipe import failpoints, native
 from lmpipe import messages as m
-from lmpipe import native
 from lmpipe.books import LayoutBook
 from lmpipe.codecs import CODECS, ChunkCodec, Source
 from lmpipe.errors import CannotEncode, LmpipeError
@@ -269,6 +269,7 @@ class Recoder:
         self._dram.let_go(work.slot)
 
     def _recoded(self, work: _Work, result: memoryview) -> None:
+        failpoints.hit("gather.recode.encoded")
         arena, nbytes = self._dram.arena, len(result)
         if work.codec.number != Codec.RAW and size_class(nbytes) >= arena.capacity(work.slot.index):
             self._leave(work, f"{work.codec.name} makes them no smaller")
@@ -294,6 +295,7 @@ class Recoder:
         )
 
     def _copied(self, work: _Work, slot: Slot, nbytes: int) -> None:
+        failpoints.hit("gather.recode.copied")
         record, codec = work.record.copy(), work.codec
         record["place"], record["codec"], record["nbytes"] = slot.place, codec.number, nbytes
         record["fidelity"] = max(int(record["fidelity"]), int(codec.fidelity))

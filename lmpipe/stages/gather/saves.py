@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from lmpipe import failpoints, native
 from lmpipe import messages as m
-from lmpipe import native
 from lmpipe.handles import ChunkRecords, Codec, SessionId, Slot, Tier
 from lmpipe.index import index_keys
 from lmpipe.lifecycle import SlotEvent, SlotState
@@ -117,6 +117,7 @@ class Saves:
         if not slots:
             return
         done = self._dram.commit(slots, bits, saver)
+        failpoints.hit("gather.save.indexed" if saver else "gather.load.committed")
         self._context.count("committed_chunks", len(done))
         self._context.count("known_chunks", len(slots) - len(done))
         if bits:
@@ -178,9 +179,15 @@ class Saves:
         chunks, page_ids = chunks[: len(slots)], page_ids[: len(slots)]
         arena = self._dram.arena
         offsets = np.array([arena.offset(slot.index) for slot in slots], np.uint64)
+        failpoints.hit("gather.save.leased")
+
+        def copy() -> None:
+            self._copier.gather(pool, page_ids, arena.region, offsets)
+            failpoints.hit("gather.save.copied")
+
         self._copying += 1
         self._context.submit(
-            lambda: self._copier.gather(pool, page_ids, arena.region, offsets),
+            copy,
             lambda _: self._copied(engine, save, slots, chunks, ""),
             lambda error: self._copied(engine, save, slots, chunks, str(error)),
             "gather.copy",
@@ -200,11 +207,13 @@ class Saves:
                 arena.free(slot)
             self._drop(save.peer, message.save_id, error or "revoked", chunks)
             return
+        failpoints.hit("gather.save.granted")
         for slot, record in zip(slots, chunks, strict=True):
             record = record.copy()
             record["place"] = slot.place
             arena.set_record(slot.index, record)
             arena.advance(slot, SlotEvent.CLOSE)
+        failpoints.hit("gather.save.closed")
         self.make_visible([slot.index for slot in slots], self._bits, engine.session)
         self._dram.touch(index_keys(message.chunks[: save.at]))  # the head stays more recent than what came after it
         self._answer_save(save.peer, message.save_id, chunks)
@@ -218,6 +227,7 @@ class Saves:
             if slot.index in engine.leases and self._dram.arena.state(slot.index)[0] == slot.generation:
                 engine.leases.discard(slot.index)
                 self._dram.arena.free(slot)
+                failpoints.hit("gather.release.freed")
 
 
 def _is_whole(engine: Engine, message: m.Save) -> bool:
