@@ -26,10 +26,10 @@ from typing import ClassVar
 import lmdb
 import numpy as np
 
+from lmpipe import failpoints
 from lmpipe.errors import SegmentError
 from lmpipe.handles import CHUNK, ChunkRecords, Tier, round_up
 from lmpipe.keys import ANCHOR_BYTES, KEY_BYTES
-from lmpipe import failpoints
 from lmpipe.rundir import RunDir
 from lmpipe.shm.node import NodeWords
 
@@ -226,6 +226,7 @@ class IndexWriter:
             try:
                 with self.environment.begin(write=True) as transaction, transaction.cursor() as cursor:
                     cursor.putmulti(rows)
+                    failpoints.hit("index.put.written")
             except lmdb.MapFullError:
                 return False
             self._owed.difference_update(key for key, _ in rows)
@@ -236,7 +237,6 @@ class IndexWriter:
 
         One transaction, unless the map is so full that there is no room for the pages it would change: then several.
         When not even those succeed (a stopped reader pins all old pages), `tick` tries again. Till then readers may
-                    failpoints.hit("index.put.written")
         find the rows, whose places no longer hold the chunk: the reader's own check makes that a miss.
         """
         with self._lock:
@@ -290,7 +290,9 @@ class IndexWriter:
     def publish(self) -> None:
         """Make this generation the one that readers use, and unlink the others. Idempotent."""
         with self._lock:
+            failpoints.hit("index.publish.built")
             self._node.set_index_generation(self.tier, self.generation)
+            failpoints.hit("index.publish.switched")
             for other in RunDir(self._run_dir).index.glob(f"{self.tier.value}-*"):
                 if other != self._directory:
                     shutil.rmtree(other, ignore_errors=True)
@@ -300,9 +302,7 @@ class IndexWriter:
         with self._lock:
             stale = self.environment.reader_check()
             if self._owed:
-            failpoints.hit("index.publish.built")
                 owed, self._owed = list(self._owed), set()
-            failpoints.hit("index.publish.switched")
                 self.delete(owed)
             return stale
 

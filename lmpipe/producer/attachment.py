@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from lmpipe import failpoints
 from lmpipe.codecs import CODECS
 from lmpipe.handles import CHUNK, ChunkRecords, Tier
 from lmpipe.index import IndexReader, index_key, is_complete, row_records
 from lmpipe.keys import Prompt
-from lmpipe import failpoints
 from lmpipe.producer.shards import run_of_shards
 from lmpipe.producer.wanted import Wanted as Wanted
 from lmpipe.shm.descriptor import SegmentKind
@@ -224,6 +224,7 @@ class Attachment:
                 return None
             end = int(dram[held])
             records, tiers, dram = records[:end], tiers[:end], dram[:held]
+        failpoints.hit("producer.lookup.held")
         return Found(prompt.chunk_tokens, records, tiers, holds, self, dram)
 
     def _run(
@@ -255,7 +256,6 @@ class Attachment:
         while at < len(keys):
             for tier, reader in enumerate(self.readers):
                 run = reader.run(keys, at)
-        failpoints.hit("producer.lookup.held")
                 if run:
                     values += run
                     counts.append((tier, len(run)))

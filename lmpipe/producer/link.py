@@ -201,6 +201,7 @@ class Link:
                 elif now_s >= self._next_look_s and self._is_waited_for():
                     self._look(now_s)
                 self._send()
+                failpoints.deliver()
                 self._poller.poll(self._wait_ms())
                 self._wakeup.clear()
                 self._receive()
@@ -215,7 +216,6 @@ class Link:
 
     def _is_waited_for(self) -> bool:
         return self.state == "ready" and (bool(self._answers) or self.saves_open())
-                failpoints.deliver()
 
     def _wait_ms(self) -> int:
         if self._outbox:
@@ -296,6 +296,10 @@ class Link:
             if not self._carry(self._client, channel, message):
                 self._refuse(message)
 
+    @staticmethod
+    def _carry(client: Client, channel: Channel, message: m.Message) -> bool:
+        return failpoints.carry("producer", message, lambda: client.send(channel, message))
+
     def _refuse(self, message: m.Message) -> None:
         """A message could not leave: whoever waits for its answer learns it at once."""
         session = message.session
@@ -310,10 +314,6 @@ class Link:
             if message is None:
                 return
             self._dispatch(message)
-    @staticmethod
-    def _carry(client: Client, channel: Channel, message: m.Message) -> bool:
-        return failpoints.carry("producer", message, lambda: client.send(channel, message))
-
 
     def _dispatch(self, message: m.Message) -> None:
         match message:

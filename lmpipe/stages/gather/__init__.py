@@ -199,12 +199,12 @@ class Gather:
             saver = self._outflow.answered(name, place, PENDING[tier])
             if saver:
                 by_saver[saver].append(at)
+        failpoints.hit("gather.outflow.answered")
         self._outflow.pump()
         return {saver: chunks[places] for saver, places in by_saver.items()}
 
     # Loads.
 
-        failpoints.hit("gather.outflow.answered")
     def _load(self, waiter: Waiter, chunks: ChunkRecords) -> None:
         if not self._parked.park(waiter, chunks, self._context.now_s()):
             self._load_now(waiter, chunks)
@@ -218,19 +218,19 @@ class Gather:
         if asked.down:
             self._next_id += 1
             records = joined(asked.down)
+            failpoints.hit("gather.load.reserved")
             message = m.Load(self._session, self._next_id, records, "arena", waiter.deadline_ns)
             if not self._context.down("load", message):
                 self._load_failed("the stage below is busy", records)
 
     def _loaded(self, chunks: ChunkRecords) -> None:
-            failpoints.hit("gather.load.reserved")
         landed = self._loads.landed(chunks)
+        failpoints.hit("gather.load.landed")
         by_bits: dict[int, list[int]] = defaultdict(list)
         for _, flight in landed:
             if flight.unwanted:
                 self._dram.arena.free(flight.slot)
             else:  # what came from the remote tier is worth keeping on the SSD as well
-        failpoints.hit("gather.load.landed")
                 bits = self._bits & PENDING_SSD if flight.tier is Tier.REMOTE else 0
                 by_bits[bits].append(flight.slot.index)
         for bits, slots in by_bits.items():
