@@ -11,6 +11,9 @@ segment; readers see the word at their next lookup. Nothing is truncated or resi
 all space is taken when the files are made: a sparse file on a full tmpfs would be SIGBUS in the engine. A lookup takes
 no lock that a writer holds.
 
+LMDB's reader table names readers by pid, so who lives in another pid namespace, or has another LMDB, must not map the
+index (`reader_identity`); it asks gather instead.
+
 Owns the row format and everything LMDB. Does not know what a place in a record means, nor when a row should go.
 """
 
@@ -40,8 +43,15 @@ MAX_READERS = 1024
 _SHARD_AT = 24
 _SHARDS_AT = 26
 _FEW_KEYS = 4
+_LOOKS = 8
 _RESERVE_PART = 16
 """One page in this many is kept back from `put`: LMDB copies pages before changing them, so deletes need some too."""
+
+
+def reader_identity() -> str:
+    """What all who map an index must have in common; for people to read, and to compare."""
+    version = ".".join(map(str, lmdb.version()))
+    return f"LMDB {version}, pid namespace {Path('/proc/self/ns/pid').stat().st_ino}"
 
 
 def merge_shard(old: bytes | None, record: bytes) -> bytes:
@@ -352,6 +362,31 @@ class IndexReader:
             self.close()
             return []
         return found
+
+    def rows(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """The value of each key; None: there is none, or it could not be read."""
+        try:
+            environment = self._current()
+            if environment is not None:
+                with environment.begin() as transaction:
+                    return list(map(transaction.get, keys))
+        except (lmdb.Error, OSError):
+            self.errors += 1
+            self.close()
+        return [None] * len(keys)
+
+    def trouble(self) -> str:
+        """Why the index cannot be mapped here, though its writer has published one; empty: it can."""
+        for _ in range(_LOOKS):
+            generation = self._node.index_generation(self.tier)
+            try:
+                self._current()
+            except (lmdb.Error, OSError) as error:
+                if generation == self._node.index_generation(self.tier):  # else it was replaced in this moment
+                    return str(error)
+            else:
+                break
+        return ""
 
     def close(self) -> None:
         """Release the environment; the next lookup opens it again. Idempotent."""

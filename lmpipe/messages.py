@@ -11,9 +11,10 @@ A message is a header frame and one frame for each array:
     | 16 x 32 int32                                                    |  frame 2
     +------------------------------------------------------------------+
 
-Dtypes on the wire: "chunk" (the 72-byte record), "key" (anchor and key, 20 bytes), "i4", "u8". What does not fit (another version, an unknown or missing
-field, a wrong type, a length or count out of bounds, a frame too many) is refused with a `MessageError` that names the
-field. Arrays that come in are views of the frames: take them as read-only, copy before writing.
+Dtypes on the wire: "chunk" (the 72-byte record), "key" (anchor and key, 20 bytes), "i4", "u8". What does not fit
+(another version, an unknown or missing field, a wrong type, a length or count out of bounds, a frame too many) is
+refused with a `MessageError` that names the field. Arrays that come in are views of the frames: take them as read-only,
+copy before writing.
 
 `session` is the sender's. `save_id`, `load_id` and `ref` are chosen by the sender and unique in its session. A message
 that names pages is valid for one session and is delivered at most once; one that names keys may be sent again.
@@ -311,7 +312,7 @@ class Found(Message):
     """What was there of a prompt from its start up to the first chunk of which no tier has anything. Holds are taken by
     who asked, as after a lookup of its own.
 
-    `rows`: (rows, 3), for each the chunk's number in the lookup, the tier's in `tiers`, and how many of `chunks` it has.
+    `rows`: (rows, 3), each the chunk's number in the lookup, the tier's in `tiers`, and how many of `chunks` are its.
     """
 
     ref: _Id

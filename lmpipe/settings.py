@@ -120,12 +120,14 @@ class Engines(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What each producer is granted. `leases`: arena slots lent to it at any time. `opaque_pages`: engines are expected
     whose pages have an unknown inner order (vLLM on CPUs); codecs that compute with numbers are then refused at once.
     `exact`: chunks that lost information, or were computed on such, are never offered; codecs that lose are refused.
+    `lookup_deadline_ms`: how long a lookup waits, where the index cannot be mapped and gather has to be asked.
     """
 
     leases: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 16
     max_producers: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 64
     hold_entries: Annotated[int, msgspec.Meta(ge=64, le=1 << 20)] = 16384
     load_deadline_ms: Milliseconds = 2000
+    lookup_deadline_ms: Milliseconds = 50
     opaque_pages: bool = False
     exact: bool = False
 

@@ -58,6 +58,8 @@ class NodeInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     endpoints: dict[str, dict[str, str]]
     supervisor_pid: int
     created: float
+    index_identity: str = ""
+    """What who maps the index must have in common with its writers (`index.reader_identity`); empty: not known."""
 
     @property
     def paths(self) -> RunDir:

@@ -12,6 +12,7 @@ from pathlib import Path
 from lmpipe.child import ProcessSpec
 from lmpipe.errors import NodeError
 from lmpipe.exposition import Exporter, serve
+from lmpipe.index import reader_identity
 from lmpipe.launch.claim import Claim
 from lmpipe.launch.counter_files import CounterFiles
 from lmpipe.launch.link import StageLink
@@ -134,4 +135,5 @@ def _info(topology: Topology, paths: RunDir, arena_id: bytes) -> NodeInfo:
         {stage: {channel: paths.endpoint(stage, channel) for channel in channels} for stage in topology.stages},
         os.getpid(),
         time.time(),
+        reader_identity(),
     )

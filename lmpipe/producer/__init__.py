@@ -16,7 +16,6 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-import queue
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
@@ -120,6 +119,7 @@ class Producer:
         self._link = Link(
             Path(run_dir), self._hello, self._on_message, self._on_ready, self._on_lost, self._accounts.publish
         )
+        self._link.asked = lambda answered: self._accounts.count(lookups_by_message=1, lookups_unanswered=not answered)
         self._loader = Loader(self._link, copy_threads)
         self._saver = Saver(self._link, self._leases, lambda: self._wanted, copy_threads, ttl_s)
         self._closed = False
@@ -156,8 +156,11 @@ class Producer:
 
     @property
     def mapped(self) -> bool:
-        """Whether a node's index and arena are mapped: then DRAM hits are served, also while all of lmpipe is dead."""
-        return self._link.attachment is not None and self._link.state != "refused"
+        """Whether a node's index and arena are mapped: then DRAM hits are served, also while all of lmpipe is dead.
+        Where gather is asked for rows instead: whether it is there.
+        """
+        attachment, state = self._link.attachment, self._link.state
+        return attachment is not None and (state == "ready" if attachment.by_message else state != "refused")
 
     @property
     def exact(self) -> bool:
@@ -215,10 +218,11 @@ class Producer:
         """The longest saved run from chunk `first_chunk` on, in whole chunks of at most the prompt's first `max_tokens`
         tokens, its DRAM part held until released or loaded.
 
-        Served from maps of this process: no message, no lock shared with a writer. Any trouble is a miss. `again`:
-        another process of this engine has looked it up and decided; it is neither weighed nor counted once more.
-        `exact`: only chunks that lost nothing and were computed on such. Else `Found.fidelity` says what is found, and
-        what is computed on it has to be saved with the fidelity of the load (`LoadResult.fidelity`).
+        Served from maps of this process: no message, no lock shared with a writer; where the index cannot be mapped
+        (another container, another LMDB), by one message within `engines.lookup_deadline_ms`. Any trouble is a miss.
+        `again`: another process of this engine has looked it up and decided; it is neither weighed nor counted once
+        more. `exact`: only chunks that lost nothing and were computed on such. Else `Found.fidelity` says what is
+        found, and what is computed on it has to be saved with the fidelity of the load (`LoadResult.fidelity`).
         """
         limit = prompt.tokens if max_tokens is None else min(max_tokens, prompt.tokens)
         part = prompt.part(first_chunk) if first_chunk else prompt
@@ -358,7 +362,7 @@ class Producer:
 
     def _pin(self, prompt: Prompt, pin: bool, ttl_s: float, timeout_s: float) -> int:
         ref = next(self._ids)
-        answer = self._ask(ref, m.Pin(self._session(), ref, pin, self._records(prompt), ttl_s), timeout_s)
+        answer = self._link.ask(ref, m.Pin(self._session(), ref, pin, self._records(prompt), ttl_s), timeout_s)
         return answer.count if isinstance(answer, m.Pinned) else 0
 
     def invalidate(self, prompt: Prompt | None = None, timeout_s: float = 10.0) -> int:
@@ -368,7 +372,7 @@ class Producer:
         ref = next(self._ids)
         namespace = int.from_bytes(self.namespace[:8], "little")
         chunks = self._records(prompt) if prompt is not None else m.no_chunks()
-        answer = self._ask(ref, m.Invalidate(self._session(), ref, namespace, list(TIERS), chunks), timeout_s)
+        answer = self._link.ask(ref, m.Invalidate(self._session(), ref, namespace, list(TIERS), chunks), timeout_s)
         return answer.removed if isinstance(answer, m.Invalidated) else -1
 
     def flush(self, prompt: Prompt | None = None, *, timeout_s: float = 30.0, tiers: Iterable[Tier | str] = ()) -> bool:
@@ -422,15 +426,6 @@ class Producer:
 
     def _records(self, prompt: Prompt) -> ChunkRecords:
         return chunk_records(prompt, 0, len(prompt.keys), self._wanted)
-
-    def _ask(self, ref: int, message: m.Message, timeout_s: float) -> m.Message | None:
-        answers = self._link.request(ref, "load", message)
-        try:
-            return answers.get(timeout=timeout_s)
-        except queue.Empty:
-            return None
-        finally:
-            self._link.forget(ref)
 
     def _enter_namespace(self, attachment: Attachment) -> None:
         """Tell the node whose chunks these will be, where it makes a difference."""

@@ -1,13 +1,17 @@
 """What one registration maps of a node: session, holds, arena, index readers; and the lookup, which needs nothing else.
 
 Everything here works while every lmpipe process is stopped or dead: the maps stay, evictors that are dead evict
-nothing, and generation and hold guard each slot. Knows no sockets. `lookup` and `known` may be called from any thread.
+nothing, and generation and hold guard each slot. Only where the index cannot be mapped (rows.py) gather is asked for
+rows, within a deadline; holds are taken and copies made all the same. Knows no sockets. `lookup` and `known` may be
+called from any thread.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,8 +20,9 @@ import numpy.typing as npt
 from lmpipe import failpoints
 from lmpipe.codecs import CODECS
 from lmpipe.handles import CHUNK, ChunkRecords, Tier
-from lmpipe.index import IndexReader, index_key, is_complete, row_records
+from lmpipe.index import IndexReader, index_key, is_complete, reader_identity, row_records
 from lmpipe.keys import Prompt
+from lmpipe.producer.rows import AskedIndex, Asking, Index, MappedIndex, Rows
 from lmpipe.producer.shards import run_of_shards
 from lmpipe.producer.wanted import Wanted as Wanted
 from lmpipe.shm.descriptor import SegmentKind
@@ -27,6 +32,8 @@ from lmpipe.shm.segment import Segment
 from lmpipe.shm.session import Session, SessionDir
 from lmpipe.shm.table import SlotTable
 from lmpipe.topology import NodeInfo
+
+log = logging.getLogger("lmpipe.producer")
 
 GRANTS = 1024
 """Saves of mapped pages that one producer may have in flight."""
@@ -97,7 +104,7 @@ class Attachment:
         SegmentError, OSError: the node's segments are gone or are not this version's.
     """
 
-    def __init__(self, info: NodeInfo) -> None:
+    def __init__(self, info: NodeInfo, link: Asking) -> None:
         self.info = info
         run_dir = info.paths
         engines = info.topology.engines
@@ -115,21 +122,42 @@ class Attachment:
             self.session.close()
             raise
         self.holds = Holds(self.session)
-        self.readers = [
-            IndexReader(run_dir.path, tier, info.topology.index.map_bytes(tier), self.node) for tier in TIERS
-        ]
+        self._index = self._open_index(link)
+        self._lookup_s = engines.lookup_deadline_ms / 1000
         self._lock = threading.Lock()
-        self._reading = threading.Lock()
         self._users = 0
         self._kept = 0
         self._retired = False
         self._abandoned = False
         self._closed = False
 
+    def _open_index(self, link: Asking) -> Index:
+        """The maps of the index, where they are safe and can be made."""
+        info, here = self.info, reader_identity()
+        if info.index_identity in ("", here):
+            sizes = info.topology.index
+            mapped = MappedIndex([IndexReader(info.paths.path, t, sizes.map_bytes(t), self.node) for t in TIERS])
+            trouble = next((text for reader in mapped.readers if (text := reader.trouble())), "")
+            if not trouble:
+                return mapped
+            mapped.close()
+        else:
+            trouble = f"the node has {info.index_identity}, this process {here}"
+        log.warning("lookups go by message, and end with gather: the index is not mapped (%s)", trouble)
+        return AskedIndex(self.session.id, TIERS, link)
+
+    @property
+    def by_message(self) -> bool:
+        """Whether gather is asked for rows, because the index is not mapped."""
+        return isinstance(self._index, AskedIndex)
+
+    def _end_s(self) -> float:
+        return time.monotonic() + self._lookup_s
+
     def all_in(self, tier: Tier, keys: list[bytes]) -> bool:
         """Whether one tier has all of these chunks, each with all its shards."""
-        with self._reading:
-            rows = self.readers[TIERS.index(tier)].run(keys)
+        with self._index.guard:
+            rows = self._index.tiers(keys, self._end_s())[TIERS.index(tier)].run(keys)
         return len(rows) == len(keys) and all(map(is_complete, rows))
 
     def enter(self) -> bool:
@@ -179,8 +207,7 @@ class Attachment:
             if not self._retired or self._users or kept or self._closed:
                 return
             self._closed = True
-        for reader in self.readers:
-            reader.close()
+        self._index.close()
         self.holds.close()
         self.session.close()
         self.arena.close()
@@ -190,12 +217,13 @@ class Attachment:
         """How many chunks from `first` on are in some tier already, without a gap; takes no holds. Of rows of several
         shards the own one counts: what other ranks have still to save is theirs.
         """
-        return len(self._run(prompt.index_keys, first, wanted, own=True)[0])
+        return len(self._run(prompt.index_keys, first, wanted, self._end_s(), own=True)[0])
 
     def moved(self, record: np.void) -> np.void | None:
         """What DRAM's row says by now of a chunk that could not be held where it was; None: nothing else."""
-        with self._reading:
-            rows = self.readers[0].run([index_key(record.tobytes())])
+        keys = [index_key(record.tobytes())]
+        with self._index.guard:
+            rows = self._index.tiers(keys, self._end_s())[0].run(keys)
         for there in row_records(rows[0]) if rows else ():
             if there["shard"] == record["shard"] and there["place"] != record["place"] and _DECODABLE[there["codec"]]:
                 return there
@@ -205,13 +233,16 @@ class Attachment:
         """The longest unbroken run of usable chunks from the start of the prompt, its DRAM part held."""
         found: Found | None = None
         looks, most = 0, LOOKS if chunks <= self.holds.entries else 2
+        end_s = self._end_s()
         while found is None:  # a slot was doomed between row and hold: by now the row names another place, or is gone
             looks += 1
-            found = self._hold(prompt, chunks, wanted, request, cut=looks == most)
+            found = self._hold(prompt, chunks, wanted, request, end_s, cut=looks == most)
         return found
 
-    def _hold(self, prompt: Prompt, chunks: int, wanted: Wanted, request: int, *, cut: bool = False) -> Found | None:
-        records, tiers = self._run(prompt.index_keys[:chunks], 0, wanted)
+    def _hold(
+        self, prompt: Prompt, chunks: int, wanted: Wanted, request: int, end_s: float, *, cut: bool = False
+    ) -> Found | None:
+        records, tiers = self._run(prompt.index_keys[:chunks], 0, wanted, end_s)
         dram = np.arange(len(tiers)) if not tiers.any() else np.flatnonzero(tiers == 0)
         if not len(dram) or not self.keep():
             below = 0 if len(dram) else len(records)
@@ -228,14 +259,15 @@ class Attachment:
         return Found(prompt.chunk_tokens, records, tiers, holds, self, dram)
 
     def _run(
-        self, keys: list[bytes], first: int, wanted: Wanted, *, own: bool = False
+        self, keys: list[bytes], first: int, wanted: Wanted, end_s: float, *, own: bool = False
     ) -> tuple[ChunkRecords, npt.NDArray[np.uint8]]:
         """Records and tiers of the unbroken run from `first`; DRAM is asked first, the others only where it misses.
 
         It ends before a chunk in DRAM that this process cannot decode.
         """
-        with self._reading:  # readers are one thread's at a time
-            records, tiers = self._usable_run(keys, first, wanted, own=own)
+        with self._index.guard:
+            columns = self._index.tiers(keys, end_s)
+            records, tiers = _usable_run(columns, keys, first, wanted, own=own)
         codecs = records["codec"]
         if codecs.any():
             decodable = _DECODABLE[codecs] | (tiers != 0)
@@ -244,38 +276,39 @@ class Attachment:
                 records, tiers = records[:end], tiers[:end]
         return records, tiers
 
-    def _usable_run(
-        self, keys: list[bytes], first: int, wanted: Wanted, *, own: bool
-    ) -> tuple[ChunkRecords, npt.NDArray[np.uint8]]:
-        now_s = time.time()
-        if wanted.shards > 1:
-            return run_of_shards(self.readers, keys, first, wanted, now_s, own=own)
-        values: list[bytes] = []
-        counts: list[tuple[int, int]] = []
-        at = first
-        while at < len(keys):
-            for tier, reader in enumerate(self.readers):
-                run = reader.run(keys, at)
-                if run:
-                    values += run
-                    counts.append((tier, len(run)))
-                    at += len(run)
-                    break
-            else:
+
+def _usable_run(
+    columns: Sequence[Rows], keys: list[bytes], first: int, wanted: Wanted, *, own: bool
+) -> tuple[ChunkRecords, npt.NDArray[np.uint8]]:
+    now_s = time.time()
+    if wanted.shards > 1:
+        return run_of_shards(columns, keys, first, wanted, now_s, own=own)
+    values: list[bytes] = []
+    counts: list[tuple[int, int]] = []
+    at = first
+    while at < len(keys):
+        for tier, rows in enumerate(columns):
+            run = rows.run(keys, at)
+            if run:
+                values += run
+                counts.append((tier, len(run)))
+                at += len(run)
                 break
-            if len(values[-1]) != CHUNK.itemsize:
-                break
-        tiers = np.frombuffer(b"".join(bytes((tier,)) * count for tier, count in counts), np.uint8)
-        flat = b"".join(values)
-        if len(flat) != len(values) * CHUNK.itemsize:  # some row has more shards: stop before it
-            whole = next(i for i, value in enumerate(values) if len(value) != CHUNK.itemsize)
-            flat, tiers = b"".join(values[:whole]), tiers[:whole]
-        records = np.frombuffer(flat, CHUNK)
-        usable = wanted.usable(records, now_s)
-        if usable is None or usable.all():
-            return records, tiers
-        # A slower tier may have what the fastest has not exact enough, or not for long enough.
-        return run_of_shards(self.readers, keys, first, wanted, now_s, own=own)
+        else:
+            break
+        if len(values[-1]) != CHUNK.itemsize:
+            break
+    tiers = np.frombuffer(b"".join(bytes((tier,)) * count for tier, count in counts), np.uint8)
+    flat = b"".join(values)
+    if len(flat) != len(values) * CHUNK.itemsize:  # some row has more shards: stop before it
+        whole = next(i for i, value in enumerate(values) if len(value) != CHUNK.itemsize)
+        flat, tiers = b"".join(values[:whole]), tiers[:whole]
+    records = np.frombuffer(flat, CHUNK)
+    usable = wanted.usable(records, now_s)
+    if usable is None or usable.all():
+        return records, tiers
+    # A slower tier may have what the fastest has not exact enough, or not for long enough.
+    return run_of_shards(columns, keys, first, wanted, now_s, own=own)
 
 
 def slots_of(records: ChunkRecords) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32]]:

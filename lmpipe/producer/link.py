@@ -41,7 +41,7 @@ EAGER_S = 10.0
 LOOK_S = 0.05
 OUTBOX_MESSAGES = 4096
 
-Answer = m.Loaded | m.LoadFailed | m.Pinned | m.Invalidated
+Answer = m.Loaded | m.LoadFailed | m.Pinned | m.Invalidated | m.Found
 
 
 class LeasePool:
@@ -113,6 +113,10 @@ class Link:
         """Why gather was lost the last time."""
         self.saves_open: Callable[[], bool] = lambda: False
         """Whether saves wait for an answer; set by who makes them."""
+        self.asked: Callable[[bool], None] = lambda _: None
+        """Told of each lookup by message, whether it was answered; set by who counts them."""
+        self.heard_s = 0.0
+        """When gather was last heard of (monotonic)."""
         self.attachment: Attachment | None = None
         self._former: list[Attachment] = []
         self.registered: m.Registered | None = None
@@ -153,6 +157,16 @@ class Link:
         if not self.post(channel, message):
             answers.put(None)
         return answers
+
+    def ask(self, ref: int, message: m.Message, timeout_s: float) -> m.Message | None:
+        """Send on the load channel and wait for the one answer. None: nobody is there, or there was none in time."""
+        answers = self.request(ref, "load", message)
+        try:
+            return answers.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+        finally:
+            self.forget(ref)
 
     def forget(self, ref: int) -> None:
         """No more answers are wanted."""
@@ -264,7 +278,7 @@ class Link:
                 if self._client is None:
                     self._connect(info)
                 return
-            fresh = Attachment(info)
+            fresh = Attachment(info, self)
         except (LmpipeError, OSError) as error:
             if str(error) != self.reason:
                 log.info("lmpipe is not there: %s", error)
@@ -313,6 +327,7 @@ class Link:
             message = self._client.recv()
             if message is None:
                 return
+            self.heard_s = time.monotonic()
             self._dispatch(message)
 
     def _dispatch(self, message: m.Message) -> None:
@@ -335,7 +350,7 @@ class Link:
                 self._on_message(message)
             case m.Loaded() | m.LoadFailed():
                 self._answer(message.load_id, message)
-            case m.Invalidated() | m.Pinned():
+            case m.Invalidated() | m.Pinned() | m.Found():
                 self._answer(message.ref, message)
             case _:
                 self._on_message(message)

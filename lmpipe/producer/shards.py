@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lmpipe.handles import CHUNK, ChunkRecords
-from lmpipe.index import RECORD_BYTES, IndexReader
+from lmpipe.index import RECORD_BYTES
+from lmpipe.producer.rows import Rows
 from lmpipe.producer.wanted import Wanted
 
 Run = tuple[ChunkRecords, npt.NDArray[np.uint8]]
@@ -23,7 +24,7 @@ _NOTHING: Run = np.empty(0, CHUNK), np.empty(0, np.uint8)
 
 
 def run_of_shards(
-    readers: Sequence[IndexReader], keys: Sequence[bytes], first: int, wanted: Wanted, now_s: float, *, own: bool
+    readers: Sequence[Rows], keys: Sequence[bytes], first: int, wanted: Wanted, now_s: float, *, own: bool
 ) -> Run:
     """The own shard's records and their tiers for the unbroken run from `first`.
 
@@ -50,7 +51,7 @@ def run_of_shards(
 class _Column:
     """What one tier has of the prompt from some chunk on, up to its first miss."""
 
-    def __init__(self, reader: IndexReader, keys: Sequence[bytes], wanted: Wanted, now_s: float, *, own: bool) -> None:
+    def __init__(self, reader: Rows, keys: Sequence[bytes], wanted: Wanted, now_s: float, *, own: bool) -> None:
         self._reader, self._keys, self._wanted, self._now_s, self._own = reader, keys, wanted, now_s, own
         self._first = self._end = -1
         self._records: ChunkRecords = np.empty(0, CHUNK)

@@ -155,7 +155,7 @@ class Engine:
         attachment = self.producer._link.attachment
         assert attachment is not None
         ask = Invalidate(attachment.session.id, 1, 0, list(tiers), self.producer._records(prompt)[first:])
-        assert isinstance(self.producer._ask(1, ask, WAIT_S), Invalidated)
+        assert isinstance(self.producer._link.ask(1, ask, WAIT_S), Invalidated)
 
     def save_below(self, seed: int, chunks: int) -> Prompt:
         """A prompt that lies in every tier but DRAM."""

@@ -190,7 +190,7 @@ def test_fault_06_a_refusal_is_an_answer_and_nobody_waits_for_a_time_out(engine:
     )
     assert isinstance(answer, m.LoadFailed)
     assert answer.reason == "not stored below"
-    assert producer._ask(3, m.Drained(attachment.session.id, 3), 3600) is None
+    assert producer._link.ask(3, m.Drained(attachment.session.id, 3), 3600) is None
     result = engine.load(prompt, deadline_ms=3_600_000)
     assert result.chunks == 0
 

@@ -100,7 +100,7 @@ def dram_rows(engine: Engine, prompt: Prompt) -> list[bytes]:
     """What the DRAM index has of a prompt's chunks."""
     attachment = engine.producer._link.attachment
     assert attachment is not None
-    return [row for key in prompt.index_keys for row in attachment.readers[0].run([key])]
+    return [row for key in prompt.index_keys for row in attachment._index.readers[0].run([key])]
 
 
 def test_a_row_is_found_with_all_of_its_shards_or_not_at_all(node: Node) -> None:

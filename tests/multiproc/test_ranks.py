@@ -40,7 +40,7 @@ def in_dram(engine: Engine, prompt: Prompt) -> int:
     """Rows of the DRAM index, whole or not."""
     attachment = engine.producer._link.attachment
     assert attachment is not None
-    return sum(bool(attachment.readers[0].run([key])) for key in prompt.index_keys)
+    return sum(bool(attachment._index.readers[0].run([key])) for key in prompt.index_keys)
 
 
 def until_persisted(node: Node) -> None:

@@ -25,6 +25,7 @@ from lmpipe.shm.hold import HoldScanner
 from lmpipe.shm.session import SessionDir
 from lmpipe.stages.base import Context, Peer
 from lmpipe.stages.gather.loads import WRITERS, Loads, Waiter, joined, names_of
+from lmpipe.stages.gather.lookups import Lookups
 from lmpipe.stages.gather.outflow import Name, Outflow
 from lmpipe.stages.gather.parked import Parked
 from lmpipe.stages.gather.producers import Producers
@@ -78,6 +79,7 @@ class Gather:
         self._bits = sum(PENDING[tier] for tier in below)
         self._producers = Producers(dram, sessions.alive, max_producers, leases, pages, tiers, coding.layouts)
         self._loads = Loads(dram, below, sessions.alive)
+        self._lookups = Lookups(dram, below)
         self._outflow = Outflow(dram, self._send_down)
         self._saves = Saves(context, dram, self._producers, self._outflow, holds, self._bits, copy_threads)
         self._recoder = Recoder(context, dram, coding)
@@ -127,6 +129,9 @@ class Gather:
                 self._load(
                     Waiter(peer, SessionId(message.session), message.load_id, message.deadline_ns), message.chunks
                 )
+            case m.Lookup():
+                self._context.count("lookups")
+                self._context.reply(peer, self._lookups.answer(self._session, message))
             case m.Prefetch():
                 self._load(Waiter(None, SessionId(message.session), 0, 0), message.chunks)
             case m.Cancel():
