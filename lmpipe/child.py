@@ -1,12 +1,14 @@
-"""One supervised process: how it is spawned, says READY, is signalled and is found dead.
+"""One supervised process: how it is spawned or adopted, says READY, is signalled and is found dead.
 
-Owns the pid (by pidfd, so that no signal ever reaches a stranger), the READY pipe and the exit reason.
+Owns the pid (by pidfd, so that no signal ever reaches a stranger), the READY pipe and the exit reason. A process that
+another supervisor has spawned is watched in the same way; only how it ended is told to its parent alone.
 Knows no stage and no policy.
 """
 
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 from collections import deque
@@ -21,6 +23,7 @@ class ChildState(StrEnum):
     """Where a process is in its life."""
 
     STARTING = "starting"
+    ADOPTED = "adopted"  # of a former supervisor; has not answered this one yet
     READY = "ready"
     WAITING = "waiting"  # dead, to be started again
     DOWN = "down"  # dead, budget spent: only a new `up` starts it again
@@ -34,6 +37,14 @@ class ProcessSpec:
     name: str
     argv: tuple[str, ...]
     log: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Survivor:
+    """A living process that another supervisor has spawned. `pidfd` is for who adopts it to close."""
+
+    pid: int
+    pidfd: int
 
 
 @dataclass(slots=True)
@@ -61,8 +72,8 @@ class Child:
 
     @property
     def living(self) -> bool:
-        """True from spawn to reap."""
-        return self._popen is not None
+        """True from spawn or adoption to reap."""
+        return self.pidfd >= 0
 
     def spawn(self, now_s: float, wall_s: float) -> None:
         """Starts the process in a session of its own: a Ctrl-C at the terminal is for the supervisor alone."""
@@ -94,6 +105,15 @@ class Child:
             "",
         )
 
+    def adopt(self, survivor: Survivor, now_s: float) -> None:
+        """Watches a process that is there already."""
+        self.pid, self.pidfd = survivor.pid, survivor.pidfd
+        self.state, self.since_s, self.silent_s, self._why_killed = ChildState.ADOPTED, now_s, 0.0, ""
+
+    def answered(self, now_s: float) -> None:
+        """A sign of life of an adopted process: from now on it is as one of its own."""
+        self.state, self.since_s = ChildState.READY, now_s
+
     def read_ready(self, now_s: float) -> bool:
         """Reads the READY pipe; True once the process has said so. An end without it is left to the pidfd."""
         try:
@@ -121,9 +141,10 @@ class Child:
 
     def reap(self, now_s: float) -> str:
         """Collects the dead process and returns the reason of its end, in words."""
-        assert self._popen is not None
-        code = self._popen.wait()
-        if code < 0:
+        code = self._popen.wait() if self._popen is not None else -signal.SIGKILL if self._why_killed else None
+        if code is None:
+            reason = "ended; its exit status went to who started it"
+        elif code < 0:
             reason = f"killed by {_signal_name(-code)}" + (f" ({self._why_killed})" if self._why_killed else "")
         else:
             reason = f"exit status {code}"
@@ -135,13 +156,11 @@ class Child:
 
     def wait(self, timeout_s: float) -> bool:
         """Waits for the end of the process without reaping its state; True when it ended in time."""
-        if self._popen is None:
+        if self.pidfd < 0:
             return True
-        try:
-            self._popen.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            return False
-        return True
+        poll = select.poll()
+        poll.register(self.pidfd, select.POLLIN)
+        return bool(poll.poll(timeout_s * 1000))
 
     def last_words(self, lines: int = 5) -> str:
         """The end of the log."""

@@ -73,6 +73,10 @@ class RunDir:
         """The counter segment of one process or producer."""
         return self.counters / f"{name}-{pid}.shm"
 
+    def engine_counters(self, name: str, session: int, pid: int) -> Path:
+        """That of a producer, whose pid may be one of another namespace: its session tells whether it lives."""
+        return self.counters_of(f"{name}.{session_mark(session)}", pid)
+
     @property
     def sockets(self) -> Path:
         """Parent of the ipc sockets."""
@@ -107,6 +111,10 @@ class RunDir:
     def up(self, process: str) -> Path:
         """Written by a worker when it is ready; `up/supervisor.json` by the supervisor."""
         return self.ups / f"{process}.json"
+
+    def role(self, process: str) -> Path:
+        """Locked by the one worker that is this process, for its life."""
+        return self.ups / f"{process}.lock"
 
     @property
     def layouts(self) -> Path:
@@ -153,6 +161,11 @@ def write_atomically(path: Path, data: bytes) -> None:
     except OSError:
         partial.unlink(missing_ok=True)
         raise
+
+
+def session_mark(session: int) -> str:
+    """The end of a session's number, by which people tell engines of one name apart."""
+    return f"{session & 0xFFFF:04x}"
 
 
 def default_parent() -> Path:

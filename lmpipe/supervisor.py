@@ -6,8 +6,13 @@ supervisor's own running time: if it was itself stopped for a while, it does not
 
       spawn            READY                      death, budget left          death, budget spent
     ────────▶ STARTING ────────▶ READY      any ─────────────────────▶ WAITING      any ────────▶ DOWN
-                  ▲                                                       │
-                  └────────────────────── back-off is over ───────────────┘
+                  ▲                ▲                                      │
+                  └────────────────┼───── back-off is over ───────────────┘
+      adopt            an answer   │
+    ────────▶ ADOPTED ─────────────┘
+
+Processes outlive a supervisor that is killed. Its successor adopts those that live and go on answering; what died
+while nobody watched counts as one death more, and the budget goes on from the state that was published last.
 """
 
 from __future__ import annotations
@@ -17,19 +22,22 @@ import os
 import select
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import msgspec
 
-from lmpipe.child import Child, ChildState, ProcessSpec
+from lmpipe.child import Child, ChildState, ProcessSpec, Survivor
 from lmpipe.errors import NodeError
 from lmpipe.rundir import write_atomically
 from lmpipe.signals import SignalPipe
 
 FIRST_BACKOFF_S, LAST_BACKOFF_S = 0.1, 5.0
+LOOK_S = 0.05
+"""How often an adopted process is asked until it has answered."""
 
 _SETTLED = (ChildState.READY, ChildState.DOWN)
 
@@ -45,13 +53,17 @@ class Link(Protocol):
         """Whether a sign of life came since the last call."""
         ...
 
-    def drain(self, living: frozenset[str], timeout_s: float, hurry: Callable[[], bool]) -> list[str]:
-        """Empties the stages in flow order; returns those that were not empty in time. Stops waiting when `hurry()`."""
+    def drain(self, lives: Callable[[str], bool], timeout_s: float, hurry: Callable[[], bool]) -> list[str]:
+        """Empties the stages in flow order, those of processes that do not live (any more) left out; returns those that
+        were not empty in time. Stops waiting when `hurry()`.
+        """
         ...
 
 
 class ProcessState(msgspec.Struct, frozen=True):
-    """One process as `status` shows it. `started`: seconds since 1970."""
+    """One process as `status` shows it. `started`: seconds since 1970; `deaths_s`: by CLOCK_MONOTONIC, of the last
+    window.
+    """
 
     name: str
     state: str
@@ -59,11 +71,12 @@ class ProcessState(msgspec.Struct, frozen=True):
     restarts: int
     started: float
     last_exit: str
+    deaths_s: list[float] = []
 
 
 class NodeState(msgspec.Struct, frozen=True):
-    """The supervisor's own state file. `state`: starting; ready; recovering (a process is being started again);
-    degraded (one stays down); draining; stopping.
+    """The supervisor's own state file. `state`: starting; adopting (taking over what a dead supervisor left); ready;
+    recovering (a process is being started again); degraded (one stays down); draining; stopping.
     """
 
     pid: int
@@ -107,9 +120,17 @@ class Supervisor:
         report: Callable[[str], None],
         buried: Callable[[str, int], None],
         tidy: Callable[[], None],
+        survivors: Mapping[str, Survivor] | None = None,
+        former: NodeState | None = None,
     ) -> None:
-        """`report` gets a line for each event, `buried` name and pid of each dead; `tidy` comes with each ping."""
+        """`report` gets a line for each event, `buried` name and pid of each dead; `tidy` comes with each ping.
+
+        `survivors`: living processes to adopt, by name; with none all are started. `former`: what the supervisor that
+        they are from has published last.
+        """
         self.children = [Child(spec) for spec in specs]
+        self._survivors = survivors or {}
+        self._former = {state.name: state for state in former.processes} if former is not None else {}
         self._policy, self._link, self._state_path = policy, link, state_path
         self._report, self._buried, self._tidy = report, buried, tidy
         self._signals = signals
@@ -121,11 +142,14 @@ class Supervisor:
     def run(self, on_ready: Callable[[], None]) -> None:
         """From start to end. Raises NodeError when a process does not become ready; nothing is left running then."""
         try:
-            self._spawn_all()
+            if self._survivors:
+                self._adopt_all()
+            else:
+                self._spawn_all()
             while not self._signals.count:
                 self._wait()
                 self._watch()
-                if self._phase == "starting" and all(child.state in _SETTLED for child in self.children):
+                if self._phase in ("starting", "adopting") and all(c.state in _SETTLED for c in self.children):
                     self._ping_due_s = self._last_tick_s = time.monotonic()
                     self._set_phase("ready")
                     on_ready()
@@ -139,6 +163,20 @@ class Supervisor:
                 child.spawn(time.monotonic(), time.time())
             except OSError as error:
                 raise NodeError(f"{child.name} could not be started: {error.strerror}") from None
+        self._publish()
+
+    def _adopt_all(self) -> None:
+        now_s = self._ping_due_s = self._last_tick_s = time.monotonic()
+        self._phase = "adopting"
+        for child in self.children:
+            past, survivor = self._former.get(child.name), self._survivors.get(child.name)
+            if past is not None:
+                child.restarts, child.started, child.last_exit = past.restarts, past.started, past.last_exit
+                child.deaths_s = deque(past.deaths_s)
+            if survivor is not None:
+                child.adopt(survivor, now_s)
+            else:
+                self._mourn(child, "died while there was no supervisor", now_s)
         self._publish()
 
     def _wait(self) -> None:
@@ -196,15 +234,21 @@ class Supervisor:
         # After a gap much longer than the interval it was this process that did not run.
         passed_s = min(now_s - self._last_tick_s, 2 * self._policy.ping_s)
         for child in self.children:
-            if child.state is not ChildState.READY:
+            if child.state not in (ChildState.READY, ChildState.ADOPTED):
                 continue
-            child.silent_s = 0.0 if self._link.answered(child.name) else child.silent_s + passed_s
+            answered = self._link.answered(child.name)
+            child.silent_s = 0.0 if answered else child.silent_s + passed_s
+            if answered and child.state is ChildState.ADOPTED:
+                child.answered(now_s)
+                self._publish()
+                self._report(f"{child.name}: adopted, pid {child.pid}")
             if child.silent_s >= self._policy.watchdog_s:
                 child.kill(f"no answer for {child.silent_s:.1f} s")
             else:
                 self._link.ping(child.name)
         self._tidy()
-        self._last_tick_s, self._ping_due_s = now_s, now_s + self._policy.ping_s
+        adopting = any(child.state is ChildState.ADOPTED for child in self.children)
+        self._last_tick_s, self._ping_due_s = now_s, now_s + (LOOK_S if adopting else self._policy.ping_s)
 
     def _died(self, child: Child, now_s: float) -> None:
         first = self._is_first_start(child)
@@ -243,11 +287,15 @@ class Supervisor:
 
     def _stop(self) -> None:
         """Drains, then SIGTERM, then SIGKILL; a second signal skips the waiting. Every process is reaped on return."""
-        ready = frozenset(child.name for child in self.children if child.living and child.state is ChildState.READY)
+        ready = {child.name: child for child in self.children if child.living and child.state is ChildState.READY}
         if ready and self._phase != "starting":
             self._set_phase("draining")
             before = self._signals.count
-            late = self._link.drain(ready, self._policy.drain_s, lambda: self._signals.count > before)
+
+            def lives(process: str) -> bool:
+                return process in ready and not ready[process].wait(0.0)
+
+            late = self._link.drain(lives, self._policy.drain_s, lambda: self._signals.count > before)
             if late:
                 self._report(f"not drained in time: {', '.join(late)}")
         self._set_phase("stopping")
@@ -274,7 +322,10 @@ class Supervisor:
         return "degraded" if any(child.state is ChildState.DOWN for child in self.children) else "recovering"
 
     def _publish(self) -> None:
-        processes = [ProcessState(c.name, c.state, c.pid, c.restarts, c.started, c.last_exit) for c in self.children]
+        processes = [
+            ProcessState(c.name, c.state, c.pid, c.restarts, c.started, c.last_exit, [*c.deaths_s])
+            for c in self.children
+        ]
         state = NodeState(os.getpid(), self._state(), self._started, processes)
         try:
             write_atomically(self._state_path, msgspec.json.encode(state))

@@ -40,7 +40,8 @@ from lmpipe.settings import Tiers as Tiers
 from lmpipe.settings import Topology as Topology
 from lmpipe.strict_yaml import nearest
 
-NODE_VERSION = 1
+NODE_VERSION = 2
+"""Of `node.json`. Goes up with every change of a field in it, the topology's included: a test pins its schema."""
 CODECS = tuple(codec.name.lower() for codec in Codec)
 SOCKET_PATH_BYTES = 107
 """`sun_path` of a Unix socket, without its closing zero byte."""
@@ -60,6 +61,8 @@ class NodeInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     created: float
     index_identity: str = ""
     """What who maps the index must have in common with its writers (`index.reader_identity`); empty: not known."""
+    lmpipe: str = ""
+    """Version of the package that the node's processes run; empty: not known."""
 
     @property
     def paths(self) -> RunDir:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from lmpipe.child import ProcessSpec
+from lmpipe.child import ProcessSpec, Survivor
 from lmpipe.errors import NodeError
 from lmpipe.signals import SignalPipe
-from lmpipe.supervisor import NodeState, Policy, Supervisor
+from lmpipe.supervisor import NodeState, Policy, ProcessState, Supervisor
 
 PRELUDE = "import os, signal, sys, time\nready = int(sys.argv[sys.argv.index('--ready-fd') + 1])\n"
 SAY = "os.write(ready, b'READY\\n')\n"
@@ -40,8 +43,8 @@ class Talk:
     def answered(self, process: str) -> bool:
         return process not in self.mute
 
-    def drain(self, living: frozenset[str], timeout_s: float, hurry: Callable[[], bool]) -> list[str]:
-        self.drained.append(living)
+    def drain(self, lives: Callable[[str], bool], timeout_s: float, hurry: Callable[[], bool]) -> list[str]:
+        self.drained.append(frozenset(name for name in ("a", "b", "bad", "good") if lives(name)))
         self.each_drain()
         self.hurried = hurry()
         return []
@@ -61,7 +64,13 @@ class Stand:
         argv = (sys.executable, "-S", "-c", PRELUDE + program, str(self.tmp / name))
         return ProcessSpec(name, argv, self.tmp / f"{name}.log")
 
-    def supervisor(self, programs: dict[str, str], policy: Policy | None = None) -> Supervisor:
+    def supervisor(
+        self,
+        programs: dict[str, str],
+        policy: Policy | None = None,
+        survivors: dict[str, Survivor] | None = None,
+        former: NodeState | None = None,
+    ) -> Supervisor:
         policy = policy or Policy(ready_s=20, ping_s=0.02, watchdog_s=10, budget=3, window_s=60, drain_s=1)
         specs = [self.spec(name, program) for name, program in programs.items()]
 
@@ -73,8 +82,34 @@ class Stand:
             self.buried.append((name, pid))
 
         return Supervisor(
-            specs, policy, self.talk, self.state_path, self.signals, report=report, buried=buried, tidy=lambda: None
+            specs,
+            policy,
+            self.talk,
+            self.state_path,
+            self.signals,
+            report=report,
+            buried=buried,
+            tidy=lambda: None,
+            survivors=survivors,
+            former=former,
         )
+
+    @contextlib.contextmanager
+    def orphan(self, program: str = STAY) -> Iterator[Survivor]:
+        """A process that this supervisor has not started; `program` goes on after READY."""
+        read, write = os.pipe()
+        argv = (sys.executable, "-S", "-c", PRELUDE + program, "--ready-fd", str(write))
+        with subprocess.Popen(argv, pass_fds=(write,)) as process:
+            os.close(write)
+            assert os.read(read, 64) == b"READY\n"
+            os.close(read)
+            yield Survivor(process.pid, os.pidfd_open(process.pid))
+            process.wait(30)
+
+    def past(self, name: str, restarts: int = 0, deaths: int = 0) -> NodeState:
+        """What a former supervisor said of one process."""
+        now_s = time.monotonic()
+        return NodeState(1, "ready", 1.0, [ProcessState(name, "ready", 1, restarts, 2.0, "before", [now_s] * deaths)])
 
     @property
     def state(self) -> NodeState:
@@ -255,3 +290,100 @@ def test_state_file_that_is_no_state(tmp_path: Path) -> None:
     assert NodeState.read(tmp_path / "none.json") is None
     (tmp_path / "bad.json").write_bytes(b'{"pid": "x"}')
     assert NodeState.read(tmp_path / "bad.json") is None
+
+
+def test_adopts_what_lives_and_starts_what_does_not(stand: Stand) -> None:
+    seen: list[NodeState] = []
+
+    def ready() -> None:
+        seen.append(stand.state)
+        end()
+
+    with stand.orphan() as survivor:
+        supervisor = stand.supervisor({"a": STAY, "b": STAY}, survivors={"a": survivor}, former=stand.past("a", 2, 1))
+        supervisor.run(ready)
+    a, b = seen[0].processes
+    assert (a.state, a.pid, a.restarts, a.started, len(a.deaths_s)) == ("ready", survivor.pid, 2, 2.0, 1)
+    assert (b.state, b.restarts, b.last_exit) == ("ready", 1, "died while there was no supervisor")
+    assert stand.said(f"a: adopted, pid {survivor.pid}")
+    assert stand.talk.drained == [frozenset({"a", "b"})]
+    exits = [process.last_exit for process in stand.state.processes]
+    assert exits == ["ended; its exit status went to who started it", "exit status 0"]
+
+
+def test_an_adopted_process_that_dies_is_started_again(stand: Stand) -> None:
+    def line(text: str) -> None:
+        if text.startswith("a: ready"):
+            end()
+
+    stand.on_line = line
+    with stand.orphan() as survivor:
+        stand.supervisor({"a": STAY}, survivors={"a": survivor}).run(lambda: os.kill(survivor.pid, signal.SIGKILL))
+    assert stand.buried[0] == ("a", survivor.pid)
+    assert stand.said("a: ended; its exit status went to who started it; starting it again in 0.1 s")
+    assert stand.state.processes[0].restarts == 1
+
+
+def test_what_does_not_answer_is_not_adopted(stand: Stand) -> None:
+    stand.talk.mute.add("a")
+
+    def line(text: str) -> None:
+        if text.startswith("a: killed by SIGKILL (no answer for"):
+            stand.talk.mute.clear()
+
+    stand.on_line = line
+    policy = Policy(ping_s=0.02, watchdog_s=0.2, drain_s=1)
+    with stand.orphan() as survivor:
+        stand.supervisor({"a": STAY}, policy, {"a": survivor}).run(end)
+    assert not stand.said("a: adopted")
+    assert stand.said("a: ready")
+
+
+def test_the_budget_goes_on(stand: Stand) -> None:
+    seen: list[NodeState] = []
+
+    def ready() -> None:
+        seen.append(stand.state)
+        end()
+
+    with stand.orphan() as survivor:
+        supervisor = stand.supervisor(
+            {"bad": STAY, "good": STAY}, survivors={"good": survivor}, former=stand.past("bad", 7, 3)
+        )
+        supervisor.run(ready)
+    assert seen[0].state == "degraded"
+    assert [(p.state, p.restarts) for p in seen[0].processes] == [("down", 7), ("ready", 0)]
+    assert stand.said("bad: died while there was no supervisor; died 4 times in 60 s and stays down")
+
+
+def test_a_start_that_fails_beside_living_processes_ends_none_of_them(stand: Stand) -> None:
+    alive: list[bool] = []
+
+    def line(text: str) -> None:
+        if "stays down" in text:
+            alive.append(Path(f"/proc/{survivor.pid}").exists())
+
+    stand.on_line = line
+    with stand.orphan() as survivor:
+        supervisor = stand.supervisor({"a": STAY, "b": "sys.exit('no such disk')"}, survivors={"a": survivor})
+        supervisor.run(end)
+    assert alive == [True]
+
+
+def test_a_signal_while_adopting_ends_everything(stand: Stand) -> None:
+    stand.talk.mute.add("a")
+    stand.talk.each_ping = end
+    with stand.orphan() as survivor:
+        stand.supervisor({"a": STAY}, survivors={"a": survivor}).run(lambda: pytest.fail("was never ready"))
+    assert stand.state.processes[0].state == "stopped"
+
+
+def test_what_died_is_not_drained(stand: Stand) -> None:
+    def ready() -> None:
+        os.kill(supervisor.children[0].pid, signal.SIGKILL)
+        supervisor.children[0].wait(10)
+        end()
+
+    supervisor = stand.supervisor({"a": STAY, "b": STAY})
+    supervisor.run(ready)
+    assert stand.talk.drained == [frozenset({"b"})]

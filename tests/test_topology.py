@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import textwrap
 from pathlib import Path
@@ -263,13 +264,19 @@ def test_node_info_goes_there_and_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "problem"),
-    [(None, "no lmpipe node"), ("{}", "version"), ('{"version": 99}', "version 99"), ('{"version": 1}', "missing")],
+    [(None, "no lmpipe node"), ("{}", "version"), ('{"version": 99}', "version 99"), ('{"version": 2}', "missing")],
 )
 def test_node_info_of_another_kind(tmp_path: Path, content: str | None, problem: str) -> None:
     if content is not None:
         write_atomically(RunDir(tmp_path).node_json, content.encode())
     with pytest.raises(NodeError, match=problem):
         NodeInfo.read(tmp_path)
+
+
+def test_node_json_changes_with_its_version_only() -> None:
+    """Who reads it has to know every field. Another digest: raise NODE_VERSION, then pin the new one here."""
+    schema = msgspec.json.encode(msgspec.json.schema(NodeInfo), order="sorted")
+    assert (tp.NODE_VERSION, hashlib.sha256(schema).hexdigest()[:16]) == (2, "af3ac7be983ee9ed")
 
 
 def test_a_run_directory_is_not_taken_for_the_one_beside_another_s() -> None:

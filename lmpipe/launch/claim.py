@@ -1,8 +1,8 @@
-"""The exclusive right to a run directory: one supervisor at a time, and a tidy start after one that was killed.
+"""The exclusive right to a run directory, one supervisor at a time, and to a role in it, one worker for each process;
+and a tidy start after a supervisor that was killed.
 
-A claim is a POSIX record lock, dropped by the kernel with its owner, so it needs no time-out and no pid to be believed.
-Workers outlive a killed supervisor; the next one ends them before it touches what they use. A pid is signalled only
-while the kernel names it as the holder of that worker's session lock.
+Both are POSIX record locks, dropped by the kernel with their owner: they need no time-out and no pid to be believed.
+Who owns one must not open its file a second time: closing that would drop the lock.
 """
 
 from __future__ import annotations
@@ -10,23 +10,18 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import select
 import shutil
-import signal
 import stat
 import struct
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
 from lmpipe.errors import NodeError
-from lmpipe.rundir import RunDir, default_parent, write_atomically
+from lmpipe.rundir import RunDir, default_parent, session_mark, write_atomically
 from lmpipe.shm.pages import sweep as sweep_pages
 from lmpipe.shm.session import SessionDir
 
-TERM_S = 5.0
 MAKE_ATTEMPTS = 100
 _FLOCK = struct.Struct("hhqqi4x")  # Linux, 64 bits: type, whence, start, length, pid
 
@@ -68,14 +63,41 @@ def lock_holder(path: Path) -> int:
     return 0 if kind == fcntl.F_UNLCK else pid or -1
 
 
+def take_role(paths: RunDir, process: str) -> int:
+    """The lock that makes the caller this process of the node, until the descriptor is closed or it ends.
+
+    Raises:
+        NodeError: another one is that process.
+    """
+    path = paths.role(process)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise NodeError(f"{process} runs already, pid {lock_holder(path)}") from None
+    return descriptor
+
+
 def session_lock(paths: RunDir, session: int) -> Path:
     """The lock file of a session."""
     return paths.sessions / f"{session:016x}.lock"
 
 
-def living_pids(paths: RunDir) -> set[int]:
-    """Pids of the processes that have a living session, as the kernel names them. Not for a process that has one."""
-    return {lock_holder(session_lock(paths, session)) for session in SessionDir(paths.path).ids()}
+def dead_counters(paths: RunDir) -> list[Path]:
+    """Counter files whose process has no living session any more. Not for a process that has one.
+
+    A worker's file is known by its pid; a producer's by its session, because the pid may be of another namespace.
+    """
+    holders = {session: lock_holder(session_lock(paths, session)) for session in SessionDir(paths.path).ids()}
+    pids = {str(pid) for pid in holders.values() if pid}
+    marks = {session_mark(session) for session, pid in holders.items() if pid}
+    dead: list[Path] = []
+    for path in paths.counters.glob("*.shm"):
+        name, _, pid = path.stem.rpartition("-")
+        if pid not in pids and name.rpartition(".")[2] not in marks:
+            dead.append(path)
+    return dead
 
 
 class Claim:
@@ -92,12 +114,10 @@ class Claim:
             os.close(self._lock_fd)
             raise
 
-    def end_former_life(self, report: Callable[[str], None]) -> None:
-        """Ends the workers of a dead supervisor and removes what the dead left; living producers and the arena stay."""
+    def remove_leftovers(self) -> None:
+        """Removes what the dead left; living producers and the arena stay. No worker may live."""
         paths = self.paths
-        workers = {path.stem: note for path in sorted(paths.ups.glob("*.json")) if (note := WorkerNote.read(path))}
-        _end_all(paths, workers, report)
-        for path in (paths.node_json, paths.keep_dram, *paths.ups.iterdir(), *paths.sockets.iterdir()):
+        for path in (paths.node_json, paths.keep_dram, *paths.ups.glob("*.json"), *paths.sockets.iterdir()):
             path.unlink(missing_ok=True)
         for path in (*paths.path.glob("ring.*.shm"), *paths.logs.iterdir()):
             path.unlink()
@@ -105,10 +125,8 @@ class Claim:
             shutil.rmtree(directory, ignore_errors=True)
         SessionDir(paths.path).sweep()
         sweep_pages(paths.pages)
-        living = living_pids(paths)
-        for path in paths.counters.glob("*.shm"):
-            if not path.stem.rpartition("-")[2].isdigit() or int(path.stem.rpartition("-")[2]) not in living:
-                path.unlink(missing_ok=True)
+        for path in dead_counters(paths):
+            path.unlink(missing_ok=True)
 
     def clear(self, *, keep_dram: bool) -> None:
         """Removes the content; `keep_dram` spares the arena, the node words and the sessions of living producers. The
@@ -116,7 +134,7 @@ class Claim:
         """
         paths = self.paths
         if keep_dram:
-            self.end_former_life(lambda _: None)
+            self.remove_leftovers()
             return
         sweep_pages(paths.pages)
         for directory in paths.directories[:0:-1]:
@@ -182,42 +200,3 @@ def _lock(paths: RunDir, name: str) -> int:
             os.write(descriptor, f"{os.getpid()}\n".encode())
             return descriptor
         os.close(descriptor)
-
-
-def _end_all(paths: RunDir, workers: dict[str, WorkerNote], report: Callable[[str], None]) -> None:
-    ending: dict[str, int] = {}
-    try:
-        for name, note in workers.items():
-            pid = lock_holder(session_lock(paths, note.session)) if note.session else 0
-            if pid < 0:
-                raise NodeError(f"{name}, pid {note.pid}, still runs in another container; end it there first")
-            if pid != note.pid:
-                continue  # dead, and the number may be a stranger's by now
-            pidfd = os.pidfd_open(pid)
-            ending[name] = pidfd
-            # Asked again with the pidfd in hand: it is still this worker that the descriptor means.
-            if lock_holder(session_lock(paths, note.session)) == pid:
-                report(f"{name}: pid {pid} was left by a supervisor that died; ending it")
-                _send(pidfd, signal.SIGTERM)
-                _send(pidfd, signal.SIGCONT)
-        deadline_s = time.monotonic() + TERM_S
-        for pidfd in ending.values():
-            if not _wait(pidfd, deadline_s - time.monotonic()):
-                _send(pidfd, signal.SIGKILL)
-                _wait(pidfd, TERM_S)
-    finally:
-        for pidfd in ending.values():
-            os.close(pidfd)
-
-
-def _send(pidfd: int, number: signal.Signals) -> None:
-    try:
-        signal.pidfd_send_signal(pidfd, number)
-    except ProcessLookupError:
-        return  # it is gone, which is what was wanted
-
-
-def _wait(pidfd: int, timeout_s: float) -> bool:
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(max(0.0, timeout_s) * 1000))

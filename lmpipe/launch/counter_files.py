@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lmpipe.errors import SegmentError
 from lmpipe.exposition import Sample
-from lmpipe.launch.claim import living_pids
+from lmpipe.launch.claim import dead_counters
 from lmpipe.metrics import GAUGES
 from lmpipe.rundir import RunDir
 from lmpipe.shm.counters import Counters
@@ -49,11 +49,8 @@ class CounterFiles:
     def sweep(self) -> None:
         """Removes what dead engines left: sessions, hold segments, counters."""
         self._sessions.sweep()
-        living = living_pids(self._paths)
-        for path in self._paths.counters.glob("*.shm"):
-            process, pid = _name_and_pid(path)
-            if pid not in living:
-                self.retire(process, pid)
+        for path in dead_counters(self._paths):
+            self.retire(*_name_and_pid(path))
 
 
 def read_counters(paths: RunDir) -> list[tuple[Path, dict[str, int]]]:

@@ -32,25 +32,28 @@ class StageLink:
         self._clients[self._asked[process]].send("load", Ping(self._session, time.monotonic_ns()))
 
     def answered(self, process: str) -> bool:
-        """Whether anything came from the process since the last call."""
+        """Whether the process has said since the last call that it is at work, not at its end."""
         client, heard = self._clients[self._asked[process]], False
         while (message := client.recv()) is not None:
-            heard = heard or isinstance(message, Pong)
+            heard = heard or (isinstance(message, Pong) and message.state == "ready")
         return heard
 
-    def drain(self, living: frozenset[str], timeout_s: float, hurry: Callable[[], bool]) -> list[str]:
-        """Empties the stages from the engine's side down, one after the other; returns those that were too slow."""
+    def drain(self, lives: Callable[[str], bool], timeout_s: float, hurry: Callable[[], bool]) -> list[str]:
+        """Empties the stages from the engine's side down, one after the other; returns those that live and were too
+        slow.
+        """
         deadline_s = time.monotonic() + timeout_s
         late: list[str] = []
         for ref, stage in enumerate(self._stages, 1):
-            if self._process[stage] in living and not self._drain_one(stage, ref, deadline_s, hurry):
-                late.append(stage)
+            process = self._process[stage]
+            if not self._drain_one(stage, ref, deadline_s, lambda process=process: hurry() or not lives(process)):
+                late += [stage] if lives(process) else []
         return late
 
-    def _drain_one(self, stage: str, ref: int, deadline_s: float, hurry: Callable[[], bool]) -> bool:
+    def _drain_one(self, stage: str, ref: int, deadline_s: float, enough: Callable[[], bool]) -> bool:
         client, poller, sent = self._clients[stage], Poller(), False
         poller.register(client)
-        while time.monotonic() < deadline_s and not hurry():
+        while time.monotonic() < deadline_s and not enough():
             sent = sent or client.send("load", Drain(self._session, ref))
             poller.poll(STEP_MS)
             while (message := client.recv()) is not None:

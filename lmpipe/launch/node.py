@@ -1,4 +1,6 @@
-"""A node from start to end, in the supervisor's process: claim, segments, workers, and nothing left behind."""
+"""A node from start to end, in the supervisor's process: claim, segments, workers, and nothing left behind; or from the
+adoption of the workers that a dead supervisor left.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +8,11 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from importlib.metadata import version
 from pathlib import Path
+
+import msgspec
 
 from lmpipe.child import ProcessSpec
 from lmpipe.errors import NodeError
@@ -15,6 +20,7 @@ from lmpipe.exposition import Exporter, serve
 from lmpipe.index import reader_identity
 from lmpipe.launch.claim import Claim
 from lmpipe.launch.counter_files import CounterFiles
+from lmpipe.launch.former import Former
 from lmpipe.launch.link import StageLink
 from lmpipe.launch.segments import Progress, Segments
 from lmpipe.rundir import RunDir
@@ -37,7 +43,7 @@ def run_node(
     on_ready: Callable[[NodeInfo], None],
     keep_dram: bool = False,
 ) -> None:
-    """Runs the node until a signal asks it to stop.
+    """Runs the node until a signal asks it to stop. Living workers of a supervisor that died are gone on with.
 
     Raises:
         NodeError: it runs already, or a worker did not start; nothing is left behind.
@@ -49,8 +55,15 @@ def run_node(
         undo.callback(signals.close)
         claim = Claim(paths, topology.name)
         undo.callback(claim.release)
-        claim.end_former_life(report)
         was_ready = False
+        former = Former(paths)
+        undo.callback(former.close)
+        left = former.node(topology, version("lmpipe"), report)
+
+        def clear() -> None:
+            # What a former life left in DRAM is not a failed start's to throw away.
+            found = left is not None or segments.took_over
+            claim.clear(keep_dram=keep_dram or paths.keep_dram.exists() if was_ready else found)
 
         def watched(segment: str, done: int, total: int) -> None:
             if signals.count:
@@ -58,13 +71,14 @@ def run_node(
             progress(segment, done, total)
 
         segments = Segments(paths, topology, report, watched)
-
-        def clear() -> None:
-            # What a former life left in DRAM is not a failed start's to throw away.
-            claim.clear(keep_dram=keep_dram or paths.keep_dram.exists() if was_ready else segments.took_over)
-
-        undo.callback(clear)
-        info = _info(topology, paths, segments.build())
+        if left is None:
+            former.end(report, lambda: bool(signals.count))
+            claim.remove_leftovers()
+            undo.callback(clear)
+            info = _info(topology, paths, segments.build())
+        else:
+            paths.keep_dram.unlink(missing_ok=True)
+            info = msgspec.structs.replace(left, supervisor_pid=os.getpid())
         info.write()
 
         def ready() -> None:
@@ -72,12 +86,16 @@ def run_node(
             was_ready = True
             on_ready(info)
 
-        _supervise(info, signals, report, ready)
+        with _supervisor(info, signals, report, former) as supervisor:
+            if left is not None:  # from here on they are this one's to end
+                undo.callback(clear)
+            supervisor.run(ready)
         if not was_ready:
             raise Interrupted("stopped before it was ready")
 
 
-def _supervise(info: NodeInfo, signals: SignalPipe, report: Report, ready: Callable[[], None]) -> None:
+@contextlib.contextmanager
+def _supervisor(info: NodeInfo, signals: SignalPipe, report: Report, former: Former) -> Generator[Supervisor]:
     topology, paths = info.topology, info.paths
     counted = CounterFiles(paths)
     with contextlib.ExitStack() as undo:
@@ -87,7 +105,7 @@ def _supervise(info: NodeInfo, signals: SignalPipe, report: Report, ready: Calla
             exporter = _serve(topology.metrics.host, topology.metrics.port, counted)
             undo.callback(exporter.close)
             report(f"metrics: http://{topology.metrics.host}:{exporter.port}/metrics")
-        supervisor = Supervisor(
+        yield Supervisor(
             [_spec(paths, process.name) for process in topology.processes],
             policy_of(topology),
             link,
@@ -96,8 +114,9 @@ def _supervise(info: NodeInfo, signals: SignalPipe, report: Report, ready: Calla
             report=report,
             buried=counted.retire,
             tidy=counted.sweep,
+            survivors=former.hand_over(),
+            former=former.state,
         )
-        supervisor.run(ready)
 
 
 def _serve(host: str, port: int, counted: CounterFiles) -> Exporter:
@@ -136,4 +155,5 @@ def _info(topology: Topology, paths: RunDir, arena_id: bytes) -> NodeInfo:
         os.getpid(),
         time.time(),
         reader_identity(),
+        version("lmpipe"),
     )

@@ -7,10 +7,10 @@ import time
 import msgspec
 
 from lmpipe.handles import Tier
-from lmpipe.launch.claim import lock_holder
+from lmpipe.launch.claim import WorkerNote, lock_holder
 from lmpipe.launch.counter_files import read_counters
 from lmpipe.rundir import RunDir
-from lmpipe.supervisor import NodeState
+from lmpipe.supervisor import NodeState, ProcessState
 from lmpipe.topology import NodeInfo
 
 _TIER_GAUGES = {
@@ -22,7 +22,9 @@ _TIER_TROUBLE = {Tier.SSD: ("persist_read_only", "read-only"), Tier.REMOTE: ("re
 
 
 class ProcessView(msgspec.Struct, frozen=True):
-    """A worker. `uptime_s` is 0 when it does not run."""
+    """A worker. `uptime_s` is 0 when it does not run. `state`: what its supervisor says; when that is dead, what the
+    kernel and the worker say: `ready`, `starting` or `dead`.
+    """
 
     name: str
     state: str
@@ -61,7 +63,7 @@ class EngineView(msgspec.Struct, frozen=True):
 
 
 class Overview(msgspec.Struct, frozen=True):
-    """A node. `state`: that of its supervisor, or `orphaned` when that is dead."""
+    """A node. `state`: that of its supervisor; `orphaned` when that is dead and workers live, `dead` when none does."""
 
     name: str
     run_dir: str
@@ -82,22 +84,33 @@ def overview(info: NodeInfo) -> Overview:
     now = time.time()
     counted = {path.stem: values for path, values in read_counters(paths)}
     stages: dict[str, list[str]] = {process.name: [*process.stages] for process in topology.processes}
+    processes = state.processes if state else []
+    if not pid:
+        processes = [_orphan(paths, process) for process in processes]
+    alone = "orphaned" if any(process.pid for process in processes) else "dead"
     return Overview(
         name=topology.name,
         run_dir=info.run_dir,
-        state="orphaned" if not pid else state.state if state else "starting",
+        state=alone if not pid else state.state if state else "starting",
         supervisor_pid=pid,
         uptime_s=max(0.0, now - info.created),
         processes=[
             ProcessView(
                 p.name, p.state, p.pid, max(0.0, now - p.started) * bool(p.pid), p.restarts, p.last_exit, stages[p.name]
             )
-            for p in (state.processes if state else [])
+            for p in processes
         ],
         tiers=[_tier(tier, info, counted) for tier in topology.tier_names],
         engines=_engines(paths, set(stages), counted),
         counters=counted,
     )
+
+
+def _orphan(paths: RunDir, process: ProcessState) -> ProcessState:
+    """A process without a supervisor, as it is now."""
+    pid, note = lock_holder(paths.role(process.name)), WorkerNote.read(paths.up(process.name))
+    state = "dead" if not pid else note.state if note is not None and note.pid == pid else "starting"
+    return msgspec.structs.replace(process, pid=pid, state=state)
 
 
 def _tier(tier: Tier, info: NodeInfo, counted: dict[str, dict[str, int]]) -> TierView:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -9,6 +10,7 @@ from collections.abc import Callable
 
 from lmpipe.errors import NodeError
 from lmpipe.launch.claim import Claim, lock_holder
+from lmpipe.launch.former import Former
 from lmpipe.rundir import RunDir
 
 
@@ -43,10 +45,11 @@ def stop_node(paths: RunDir, *, keep_dram: bool, timeout_s: float) -> bool:
 
 
 def tidy_up(paths: RunDir, *, keep_dram: bool, report: Callable[[str], None]) -> None:
-    """Ends what a dead supervisor left and removes what it did not. Raises NodeError when one lives."""
+    """Drains and ends what a dead supervisor left and removes what it did not. Raises NodeError when one lives."""
     claim = Claim(paths, paths.path.name)
     try:
-        claim.end_former_life(report)
+        with contextlib.closing(Former(paths)) as former:
+            former.end(report)
         claim.clear(keep_dram=keep_dram)
     finally:
         claim.release()

@@ -11,7 +11,7 @@ from pathlib import Path
 from lmpipe.bus import Client, Server
 from lmpipe.child import READY_LINE
 from lmpipe.errors import NodeError
-from lmpipe.launch.claim import WorkerNote, lock_holder
+from lmpipe.launch.claim import WorkerNote, lock_holder, take_role
 from lmpipe.launch.parts import Parts
 from lmpipe.metrics import worker_counters
 from lmpipe.shm.counters import Counters
@@ -34,11 +34,12 @@ def run_worker(run_dir: Path, process: str, ready_fd: int | None) -> int:
     topology, paths = info.topology, info.paths
     stages = _stages_of(topology, process)
     with contextlib.ExitStack() as undo:
-        session = undo.enter_context(Session.create(paths.path))
-        WorkerNote(os.getpid(), session.id, "starting").write(paths.up(process))
-        # After the note: a new supervisor either reads it and ends this process, or holds the lock by now.
+        undo.callback(os.close, take_role(paths, process))
+        # After the role: a new supervisor either finds who has it and ends this process, or holds its own lock by now.
         if lock_holder(paths.supervisor_lock) != os.getppid():
             raise NodeError(f"{process}: the supervisor is gone")
+        session = undo.enter_context(Session.create(paths.path))
+        WorkerNote(os.getpid(), session.id, "starting").write(paths.up(process))
         counters = Counters.create(paths.counters_of(process, os.getpid()), worker_counters(stages))
         undo.callback(counters.close, unlink=False)
         spans = Spans(process, paths.trace(process) if topology.profile.trace else None)

@@ -71,8 +71,7 @@ class Accounts:
         """Write the counters into the node's run directory, into another file when the session is another one."""
         if attachment is None:
             return
-        session = attachment.session.id
-        path = attachment.info.paths.counters_of(f"{self._name}.{session & 0xFFFF:04x}", os.getpid())
+        path = attachment.info.paths.engine_counters(self._name, attachment.session.id, os.getpid())
         if self._published is None or self._published.segment.path != path:
             self.close()
             try:

@@ -1,8 +1,8 @@
-"""One supervisor at a time, and what the next one does about what a killed one left. Real processes, real locks."""
+"""One supervisor at a time, one worker for each process, and what stays behind. Real processes, real locks."""
 
 from __future__ import annotations
 
-import signal
+import os
 import subprocess
 import sys
 import time
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lmpipe.errors import NodeError
-from lmpipe.launch.claim import Claim, WorkerNote, lock_holder, session_lock
+from lmpipe.launch.claim import Claim, lock_holder, session_lock, take_role
 from lmpipe.rundir import RunDir
 from lmpipe.shm.session import SessionDir
 
@@ -22,9 +22,9 @@ CLAIMER = HOLD + (
     "Claim(RunDir(Path(sys.argv[1])), 'n')\nprint('ok', flush=True)\ntime.sleep(100)\n"
 )
 WORKER = HOLD + (
-    "import os\nfrom lmpipe.launch.claim import WorkerNote\nfrom lmpipe.rundir import RunDir\n"
+    "from lmpipe.launch.claim import take_role\nfrom lmpipe.rundir import RunDir\n"
     "from lmpipe.shm.session import Session\nsession = Session.create(sys.argv[1])\n"
-    "if sys.argv[2]: WorkerNote(os.getpid(), session.id, 'ready').write(RunDir(Path(sys.argv[1])).up(sys.argv[2]))\n"
+    "if sys.argv[2]: take_role(RunDir(Path(sys.argv[1])), sys.argv[2])\n"
     "print('ok', flush=True)\ntime.sleep(100)\n"
 )
 
@@ -90,33 +90,15 @@ def test_refuses_a_link(paths: RunDir, tmp_path: Path) -> None:
         Claim(paths, "n")
 
 
-@pytest.mark.parametrize("stopped", [False, True], ids=["running", "stopped"])
-def test_ends_the_workers_of_a_dead_supervisor(paths: RunDir, helpers: Helpers, stopped: bool) -> None:
+def test_one_worker_for_each_process(paths: RunDir, helpers: Helpers) -> None:
     claim = Claim(paths, "n")
     worker = helpers.start(WORKER, str(paths.path), "gather")
-    producer = helpers.start(WORKER, str(paths.path), "")
-    if stopped:
-        worker.send_signal(signal.SIGSTOP)
-    said: list[str] = []
-    claim.end_former_life(said.append)
-    assert worker.wait() == -signal.SIGTERM
-    assert said == [f"gather: pid {worker.pid} was left by a supervisor that died; ending it"]
-    assert producer.poll() is None
-    assert len(SessionDir(paths.path).ids()) == 1, "the producer's session stays, the worker's is swept"
-    assert not list(paths.ups.iterdir())
-    claim.release()
-
-
-def test_never_signals_by_pid_alone(paths: RunDir, helpers: Helpers) -> None:
-    claim = Claim(paths, "n")
-    stranger = helpers.start("import time\nprint('ok', flush=True)\ntime.sleep(100)\n")
-    producer = helpers.start(WORKER, str(paths.path), "")
-    session = SessionDir(paths.path).ids()[0]
-    WorkerNote(stranger.pid, 12345, "ready").write(paths.up("gather"))  # its session is gone
-    WorkerNote(stranger.pid, session, "ready").write(paths.up("persist"))  # somebody else holds that session
-    paths.up("compress").write_text("no note")
-    claim.end_former_life(pytest.fail)
-    assert (stranger.poll(), producer.poll()) == (None, None)
+    with pytest.raises(NodeError, match=f"gather runs already, pid {worker.pid}"):
+        take_role(paths, "gather")
+    worker.kill()
+    worker.wait()
+    os.close(take_role(paths, "gather"))
+    claim.clear(keep_dram=False)
     claim.release()
 
 
