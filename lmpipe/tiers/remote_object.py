@@ -67,6 +67,8 @@ class RemoteTier:
     ) -> None:
         self.capacity_bytes = capacity_bytes
         self.used_bytes = 0
+        self._coming_bytes = 0
+        """Of objects that are being stored, by as many threads."""
         self._store = store
         self._index = index
         self._breaker = Breaker(clock)
@@ -96,43 +98,54 @@ class RemoteTier:
         clean = record.copy()
         clean["place"] = 0
         body = payload[:nbytes]
-        name = object_name(clean)
-        evicted: ChunkRecords = _one(record)[:0]
+        name, room = object_name(clean), nbytes + BLOCK_BYTES
+        if (evicted := self._take_room(room)) is None:
+            return Stored(reason=f"a chunk of {nbytes} bytes is larger than the tier, or than what others leave of it")
         try:
-            evicted = self._make_room(nbytes + BLOCK_BYTES)
             header = chunk_header(clean, NO_ID, digests(body, piece_lengths(nbytes))).pack()
             # Two buffers and no multipart: obstore sends them as they lie, without a copy.
             self._ask(lambda: obstore.put(self._store, name, [header, body], mode="create", use_multipart=False))
         except AlreadyExistsError:
             pass  # the name is the content's: another node was faster
         except TierDown as error:
+            self._end_put(room)
             return Stored(reason=str(error), evicted=evicted)
         failpoints.hit("remote.put.stored")
         if not self._index.put_records(_one(clean)):
+            self._end_put(room)
             self._delete([name])
             return Stored(reason="the index is full", evicted=evicted)
         failpoints.hit("remote.put.indexed")
-        with self._lock:
-            self.used_bytes += nbytes + BLOCK_BYTES - self._objects.pop(name, 0)
-            self._objects[name] = nbytes + BLOCK_BYTES
+        self._end_put(room, name)
         return Stored(_one(clean), evicted=evicted)
 
-    def _make_room(self, nbytes: int) -> ChunkRecords:
-        """Give up the oldest objects until so many bytes fit: rows first, then the objects."""
+    def _end_put(self, room: int, name: str = "") -> None:
+        """What was coming has come, as the object `name`, or it has not."""
+        with self._lock:
+            self._coming_bytes -= room
+            if name:
+                self.used_bytes += room - self._objects.pop(name, 0)
+                self._objects[name] = room
+
+    def _take_room(self, nbytes: int) -> ChunkRecords | None:
+        """Give up the oldest objects until so many bytes fit beside those that are coming: rows first, then the
+        objects. None: they do not fit.
+        """
         victims: list[str] = []
         with self._lock:
-            while self._objects and self.used_bytes + nbytes > self.capacity_bytes:
+            left_bytes = self.capacity_bytes - self._coming_bytes - nbytes
+            while self._objects and self.used_bytes > left_bytes:
                 name = next(iter(self._objects))
                 self.used_bytes -= self._objects[name]
                 victims.append(name)
                 del self._objects[name]
-        if self.used_bytes + nbytes > self.capacity_bytes:
-            raise TierDown(f"a chunk of {nbytes} bytes is larger than the tier")
+            fits = self.used_bytes <= left_bytes
+            self._coming_bytes += nbytes if fits else 0
         gone = [self._delete_row(parse_name(name, _bytes_of(name))) for name in victims]
         if victims:
             failpoints.hit("remote.evict.unindexed")
         self._delete(victims)
-        return join(gone)
+        return join(gone) if fits else None
 
     # ---- load ----
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import obstore
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -141,6 +145,27 @@ def test_capacity_is_kept_oldest_first(tiers: Tiers) -> None:
     save(small, chunks(1, seed=3))
     assert small.used_bytes <= 200_000 and loads(small, records[-1]) and not loads(small, records[10])
     assert "larger than the tier" in small.put(chunks(1, 300_000)[0], memoryview(bytes(300_000))).reason
+
+
+def test_capacity_is_kept_by_threads_that_store_at_the_same_time(tiers: Tiers, monkeypatch: pytest.MonkeyPatch) -> None:
+    tier, together = tiers.open(capacity=200_000), threading.Barrier(4)
+    put, most = obstore.put, [0]
+
+    def put_together(*args: Any, **options: Any) -> Any:
+        together.wait(10)  # room was made for each by now, and none is counted
+        return put(*args, **options)
+
+    save(tier, chunks(3, 50_000))
+    monkeypatch.setattr("lmpipe.tiers.remote_object.obstore.put", put_together)
+
+    def store(record: np.void) -> None:
+        assert not tier.put(record, payload(record)).reason
+        most[0] = max(most[0], tier.used_bytes)
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(store, chunks(8, 40_000, seed=2)))
+    assert 0 < most[0] <= 200_000
+    assert tier.used_bytes == sum(path.stat().st_size for path in tiers.files()) <= 200_000
 
 
 @pytest.mark.parametrize("at", [100, 4090, BLOCK_BYTES, BLOCK_BYTES + 4999])
