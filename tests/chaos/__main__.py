@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import secrets
 import shlex
+import signal
 import sys
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from .run import Plan, run_world
 def main() -> int:
     """Run worlds; 1 when an invariant was violated."""
     arguments = _parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the world is ended on the way out
     if arguments.list:
         for fault in FAULTS.values():
             print(f"{fault.name:18} {fault.weight:3}  {(fault.act.__doc__ or '').strip().splitlines()[0]}")
