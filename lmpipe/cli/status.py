@@ -32,6 +32,12 @@ COLOURS = {
     "down": "red",
     "degraded": "red",
     "orphaned": "red",
+    "dead": "red",
+}
+ALONE = {
+    "orphaned": "The supervisor is gone; what runs goes on. `lmpipe up` with the same topology takes it over,"
+    " `lmpipe down` ends it.",
+    "dead": "Nothing runs. `lmpipe up` with the same topology goes on with what DRAM holds, `lmpipe down` removes it.",
 }
 
 
@@ -70,6 +76,8 @@ def picture(seen: Overview, *, counters: bool) -> RenderableType:
         f"  {seen.run_dir}  supervisor pid {seen.supervisor_pid or 'none'}, up {_duration(seen.uptime_s)}",
     )
     parts: list[RenderableType] = [head, _processes(seen), _tiers(seen)]
+    if seen.state in ALONE:
+        parts.insert(1, Text(ALONE[seen.state], "yellow"))
     parts.append(_engines(seen.engines) if seen.engines else Text("no engine is attached", "dim"))
     if counters:
         parts.append(_counters(seen))

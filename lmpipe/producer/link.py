@@ -2,10 +2,10 @@
 comes back.
 
     absent ── node.json found, maps attached ──▶ registering ── Registered ──▶ ready
-      ▲                                             │ Refused                     │
-      │                                             ▼                            │
-      └───── gather's lock is gone, or no Pong   refused      gather's session changed: register again
-             for three heartbeats
+      ▲ ▲                                           │ Refused                     │
+      │ │                                           ▼                            │
+      │ └────────── another node.json ────────── refused      gather's session changed: register again
+      └── gather's lock is gone, or no Pong for three heartbeats
 
 Losing gather loses nothing that is mapped: the attachment stays and DRAM hits go on. Only messages stop: saves are
 dropped and loads from below fail at once, each with its reason. While somebody waits for gather its lock is looked at
@@ -30,6 +30,7 @@ from lmpipe.bus import CHANNELS, Channel, Client, Poller, Wakeup
 from lmpipe.errors import LmpipeError
 from lmpipe.handles import Slot, Tier
 from lmpipe.producer.attachment import Attachment
+from lmpipe.rundir import RunDir
 from lmpipe.topology import NodeInfo
 
 log = logging.getLogger("lmpipe.producer")
@@ -121,6 +122,9 @@ class Link:
         self._former: list[Attachment] = []
         self.registered: m.Registered | None = None
         self._node: tuple[float, str] | None = None
+        self._complained = False
+        self._refusal = ""
+        self._mark: tuple[int, int] | None = None
         self._client: Client | None = None
         self._poller = Poller()
         self._wakeup = Wakeup()
@@ -258,7 +262,9 @@ class Link:
         if self.state == "ready" and silent and self._unanswered >= MISSED_BEATS:
             self._lost("no answer from gather")
         if self.state == "refused":
-            return
+            if self._note_mark() in (None, self._mark):
+                return
+            self._set_state("absent", "another node came")  # what did not fit the last one may fit this one
         if self.state == "absent":
             self._attach()
             if self.attachment is not None and self._client is not None:
@@ -272,6 +278,7 @@ class Link:
 
     def _attach(self) -> None:
         """Map the node that is there now, and connect; keep the maps when it is still the same one."""
+        self._mark = self._note_mark()
         try:
             info = NodeInfo.read(self._run_dir)
             if self.attachment is not None and (info.created, info.arena_id) == self._node:
@@ -280,10 +287,9 @@ class Link:
                 return
             fresh = Attachment(info, self)
         except (LmpipeError, OSError) as error:
-            if str(error) != self.reason:
-                log.info("lmpipe is not there: %s", error)
-                self._set_state("absent", str(error))
+            self._cannot_attach(str(error))
             return
+        self._complained = False
         self._node = (info.created, info.arena_id)
         old, self.attachment = self.attachment, fresh
         if old is not None:
@@ -292,6 +298,24 @@ class Link:
         self._beat_s = info.topology.heartbeat_ms / 1000
         self._eager_until_s = max(self._eager_until_s, time.monotonic() + self._beat_s)
         self._connect(info)
+
+    def _cannot_attach(self, reason: str) -> None:
+        """No node is nothing to warn of; one that is there and cannot be used is, once."""
+        if RunDir(self._run_dir).node_json.exists() and not self._complained:
+            self._complained = True
+            log.warning("lmpipe cannot be used, nothing will be cached: %s", reason)
+        elif reason != self.reason:
+            log.info("lmpipe is not there: %s", reason)
+        if reason != self.reason:
+            self._set_state("absent", reason)
+
+    def _note_mark(self) -> tuple[int, int] | None:
+        """Tells one node's note from the next one's without reading it; None: there is none."""
+        try:
+            status = RunDir(self._run_dir).node_json.stat()
+        except OSError:
+            return None
+        return status.st_ino, status.st_mtime_ns
 
     def _connect(self, info: NodeInfo) -> None:
         self._close_client()
@@ -341,9 +365,12 @@ class Link:
                 self._last_pong_s, self._unanswered = time.monotonic(), 0
                 self.registered = message
                 self._on_ready(self.attachment, message)
+                self._refusal = ""
                 self._set_state("ready", "")
             case m.Refused(about="Register"):
-                log.warning("lmpipe refused this engine, nothing will be cached: %s", message.reason)
+                if message.reason != self._refusal:
+                    log.warning("lmpipe refused this engine, nothing will be cached: %s", message.reason)
+                self._refusal = message.reason
                 self._set_state("refused", message.reason)
             case m.Refused():
                 self._answer(message.ref, None)

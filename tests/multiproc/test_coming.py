@@ -5,10 +5,11 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 
+import msgspec
 import numpy as np
 import pytest
 import yaml
-from rig import CALM, CHUNK_TOKENS, DRAM_ONLY, LAYOUT, WAIT_S, Engine, assert_nothing_leaks, tokens_of, until
+from rig import BIG, CALM, CHUNK_TOKENS, DRAM_ONLY, LAYOUT, WAIT_S, Engine, assert_nothing_leaks, tokens_of, until
 from rig import until_whole as until_registered
 
 from lmpipe.engines.paged import PagedEngine
@@ -107,6 +108,43 @@ def test_a_node_killed_with_sigkill_and_started_with_another_size(node: Node) ->
                 assert by.save(by.prompt(3, 8)).wait(0)
                 assert by.load(by.prompt(3, 8)).chunks == 8
             assert_nothing_leaks(node, LEASES)
+
+
+def test_what_a_small_node_refuses_a_larger_one_takes(node: Node, caplog: pytest.LogCaptureFixture) -> None:
+    refill(node, {"capacity": "1MiB", "slots": 16})
+    node.start()
+    with Engine(node.run_dir, layout=BIG, pages=8) as engine:
+        until(lambda: engine.producer.state == "refused")
+        assert "raise tiers.dram.capacity" in engine.producer.reason
+        node.kill("supervisor")
+        node.start()  # the same node, its note written again
+        assert engine.producer.wait_ready(0) is False
+        node.stop()
+        refill(node, {"capacity": "16MiB"})
+        node.start()
+        until_registered(node, engine)
+        assert engine.save(engine.prompt(1, 2)).wait(0)
+        assert engine.load(engine.prompt(1, 2)).chunks == 2
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 1 and "lmpipe refused this engine" in warnings[0], warnings
+
+
+def test_a_node_of_another_version_is_a_miss_with_one_warning(node: Node, caplog: pytest.LogCaptureFixture) -> None:
+    node.start()
+    info = node.info
+    node.kill("all")
+    msgspec.structs.replace(info, version=info.version + 1).write()
+    with Engine(node.run_dir, wait_s=0) as engine:
+        assert engine.found(engine.prompt(1, 32)) == 0
+        beat = engine.producer._link._next_beat_s
+        until(lambda: engine.producer._link._next_beat_s > beat, "it has looked again")
+        assert engine.producer.state == "absent"
+        assert f"version {info.version + 1}, this lmpipe speaks {info.version}" in engine.producer.reason
+        node.start()  # by this lmpipe: what the other left is not taken over, but nothing of it is in the way
+        until_registered(node, engine)
+        assert engine.save(engine.prompt(1, 2)).wait(0)
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 1 and "use the same lmpipe on both sides" in warnings[0], warnings
 
 
 def test_the_run_directory_removed_under_a_living_engine(node: Node) -> None:
