@@ -19,6 +19,7 @@ Owns the row format and everything LMDB. Does not know what a place in a record 
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import threading
@@ -407,6 +408,9 @@ class IndexReader:
         return self._opened.environment
 
     def _open(self, directory: Path) -> lmdb.Environment:
+        if os.statvfs(directory).f_flag & os.ST_RDONLY:
+            # LMDB would go without its reader table there, and pages be used again while they are read.
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(directory))
         return lmdb.open(
             str(directory),
             map_size=self._map_bytes,

@@ -61,6 +61,9 @@ class NodeInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     created: float
     index_identity: str = ""
     """What who maps the index must have in common with its writers (`index.reader_identity`); empty: not known."""
+    sessions_identity: str = ""
+    """Which directory the sessions are in (`shm.session.SessionDir.identity`): a container may have another one under
+    the same name, where nobody sees the holds of its engines. Empty: not known."""
     lmpipe: str = ""
     """Version of the package that the node's processes run; empty: not known."""
 

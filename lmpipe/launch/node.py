@@ -24,6 +24,7 @@ from lmpipe.launch.former import Former
 from lmpipe.launch.link import StageLink
 from lmpipe.launch.segments import Progress, Segments
 from lmpipe.rundir import RunDir
+from lmpipe.shm.session import SessionDir
 from lmpipe.signals import SignalPipe
 from lmpipe.supervisor import Policy, Supervisor
 from lmpipe.topology import NODE_VERSION, NodeInfo, Topology
@@ -155,5 +156,6 @@ def _info(topology: Topology, paths: RunDir, arena_id: bytes) -> NodeInfo:
         os.getpid(),
         time.time(),
         reader_identity(),
+        SessionDir(paths.path).identity(),
         version("lmpipe"),
     )

@@ -146,7 +146,7 @@ class Producer:
 
     @property
     def state(self) -> str:
-        """`ready`, `absent` (looked for at every heartbeat) or `refused` (for good, said once)."""
+        """`ready`, `absent` (looked for at every heartbeat) or `refused` (by this node for good, said once)."""
         return self._link.state
 
     @property
@@ -234,7 +234,9 @@ class Producer:
 
     def _find(self, prompt: Prompt, chunks: int, exact: bool) -> Found:
         attachment = self._link.attachment
-        if chunks <= 0 or attachment is None or prompt.root != self.namespace or not attachment.enter():
+        if chunks <= 0 or attachment is None or self._link.state == "refused" or prompt.root != self.namespace:
+            return Found(self.chunk_tokens, m.no_chunks(), _EMPTY)
+        if not attachment.enter():
             return Found(self.chunk_tokens, m.no_chunks(), _EMPTY)
         try:
             wanted = self._exactly if exact or self.exact else self._wanted

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from lmpipe import failpoints
 from lmpipe.codecs import CODECS
+from lmpipe.errors import SegmentError
 from lmpipe.handles import CHUNK, ChunkRecords, Tier
 from lmpipe.index import IndexReader, index_key, is_complete, reader_identity, row_records
 from lmpipe.keys import Prompt
@@ -109,6 +110,11 @@ class Attachment:
         run_dir = info.paths
         engines = info.topology.engines
         self.sessions = SessionDir(run_dir.path)
+        if info.sessions_identity not in ("", self.sessions.identity()):
+            raise SegmentError(
+                f"{self.sessions.path}: is not the node's, which could not see what is held here;"
+                f" share the whole of {run_dir.path} with this container"
+            )
         self.session = Session.create(run_dir.path, entries=engines.hold_entries, grants=GRANTS)
         opened: list[Segment] = []
         try:

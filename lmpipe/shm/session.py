@@ -103,6 +103,11 @@ class SessionDir:
         self.path = RunDir(Path(run_dir)).sessions
         self._lives = Lives(self.path, _HOLDS)
 
+    def identity(self) -> str:
+        """The same for all who see this very directory, whatever namespace they are in. Raises OSError."""
+        status = self.path.stat()
+        return f"{status.st_dev:x}:{status.st_ino:x}"
+
     def ids(self) -> list[SessionId]:
         """Every session that has a file, alive or not, in no order."""
         return [SessionId(number) for number in self._lives.ids()]

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -206,10 +206,15 @@ class Engine:
 class EngineProcess:
     """An `Engine` in a process of its own (engine_process.py), told what to do line by line."""
 
-    def __init__(self, node: Node, *, mapped: bool = False, **options: Any) -> None:
+    def __init__(self, node: Node, *, mapped: bool = False, through: Sequence[str] = (), **options: Any) -> None:
+        """`through`: a command that starts the one that follows it."""
         options |= {"run_dir": str(node.run_dir), "pages_in": str(node.directory) if mapped else None}
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "error", str(Path(__file__).with_name("engine_process.py")), json.dumps(options)],
+            [
+                *through,
+                *(sys.executable, "-W", "error", str(Path(__file__).with_name("engine_process.py"))),
+                json.dumps(options),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
