@@ -8,6 +8,7 @@ Answers from below go up as they are. One write is under way at a time, and two 
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -27,6 +28,8 @@ from lmpipe.stages.recalls import Recalls
 from lmpipe.stages.transit import Reading, Sources
 from lmpipe.tiers import Stored
 from lmpipe.tiers.ssd import SsdTier
+
+log = logging.getLogger("lmpipe.persist")
 
 T = TypeVar("T")
 
@@ -70,6 +73,7 @@ class Persist:
         self._writing = False
         self._settle_at_s = 0.0
         self._tick_at_s = 0.0
+        self._said = ""
 
     @property
     def _session(self) -> SessionId:
@@ -249,6 +253,11 @@ class Persist:
         self._context.gauge("used_bytes", self._tier.used_bytes)
         self._context.gauge("capacity_bytes", self._tier.capacity_bytes)
         self._context.gauge("read_only", int(bool(self._tier.read_only)))
+        if self._tier.read_only != self._said:
+            self._said = self._tier.read_only
+            log.warning(
+                "the SSD tier takes %s", f"nothing, and is tried again: {self._said}" if self._said else "chunks"
+            )
         self._context.gauge("ring_used_bytes", self._landings.used_bytes)
         self._context.gauge("ring_capacity_bytes", self._landings.capacity_bytes)
 

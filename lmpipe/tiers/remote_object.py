@@ -4,12 +4,14 @@ An object is a record header and the payload (format.py); its name (object_name.
 that a listing rebuilds the rows. Other nodes write and delete in the same place: a row is a hint, and only what was
 verified counts.
 
-Every call has a time-out, none is retried by the library, and a store that fails is left alone for a growing time.
+Every call has a time-out, none is retried by the library, and a store that fails at reading, or at writing, is left
+alone with that for a growing time.
 Calls block; any thread may make them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -34,6 +36,8 @@ from lmpipe.tiers.recovery import BATCH_ROWS, join, newest
 T = TypeVar("T")
 
 DELETE_AT_ONCE = 256
+PROBE = "probe"
+"""A prefix that no object has."""
 
 
 def open_store(url: str, timeout_s: float) -> ObjectStore:
@@ -71,7 +75,7 @@ class RemoteTier:
         """Of objects that are being stored, by as many threads."""
         self._store = store
         self._index = index
-        self._breaker = Breaker(clock)
+        self._reads, self._writes = Breaker(clock), Breaker(clock)
         self._lock = threading.Lock()
         self._objects: dict[str, int] = {}
         """Bytes of every object known, oldest first."""
@@ -81,7 +85,7 @@ class RemoteTier:
     @property
     def down(self) -> str:
         """Why the store is not asked at present; empty: it is."""
-        return self._breaker.reason
+        return self._reads.reason or self._writes.reason
 
     @property
     def rows(self) -> int:
@@ -104,7 +108,8 @@ class RemoteTier:
         try:
             header = chunk_header(clean, NO_ID, digests(body, piece_lengths(nbytes))).pack()
             # Two buffers and no multipart: obstore sends them as they lie, without a copy.
-            self._ask(lambda: obstore.put(self._store, name, [header, body], mode="create", use_multipart=False))
+            parts = [header, body]
+            self._ask(lambda: obstore.put(self._store, name, parts, mode="create", use_multipart=False), self._writes)
         except AlreadyExistsError:
             pass  # the name is the content's: another node was faster
         except TierDown as error:
@@ -171,7 +176,8 @@ class RemoteTier:
         """
         name, nbytes = object_name(record), int(record["nbytes"])
         try:
-            data = self._ask(lambda: obstore.get_range(self._store, name, start=0, end=BLOCK_BYTES + nbytes))
+            end = BLOCK_BYTES + nbytes
+            data = self._ask(lambda: obstore.get_range(self._store, name, start=0, end=end), self._reads)
         except FileNotFoundError as error:
             self._forget(record, name)
             raise ChunkGone(f"object {name} is no more") from error
@@ -185,7 +191,7 @@ class RemoteTier:
             wrong = np.flatnonzero((digests(view[BLOCK_BYTES:], piece_lengths(nbytes)) != header.table).any(axis=1))
             if len(wrong):
                 raise FormatError(f"object {name}: checksum of piece {wrong[0]} differs")
-        except FormatError:
+        except FormatError as error:
             self._forget(record, name)
             self._delete([name])
             raise
@@ -243,6 +249,9 @@ class RemoteTier:
         self._index.tick()
         if self._owed:
             self._delete([])
+        if self._reads.reason:  # whether it answers again is known before somebody waits for it
+            with contextlib.suppress(TierDown):
+                self._list(PROBE)
 
     def recover(self) -> Recovered:
         """Publish the index and fill it from a listing.
@@ -272,26 +281,26 @@ class RemoteTier:
 
     # ---- the store ----
 
-    def _ask(self, call: Callable[[], T]) -> T:
-        """Make a call under the breaker.
+    def _ask(self, call: Callable[[], T], breaker: Breaker) -> T:
+        """Make a call under a breaker: a store that is full, or lets nobody write, can be read all the same.
 
         Raises:
             TierDown: it failed, or the store is left alone at present.
             FileNotFoundError: there is no such object.
             AlreadyExistsError: there is one.
         """
-        if not self._breaker.allows():
-            raise TierDown(self._breaker.reason or "the store is being tried")
+        if not breaker.allows():
+            raise TierDown(breaker.reason or "the store is being tried")
         try:
             failpoints.hit("remote.ask.begun")
             answer = call()
         except (FileNotFoundError, AlreadyExistsError):
-            self._breaker.succeeded()
+            breaker.succeeded()
             raise
         except (BaseError, OSError) as error:
-            self._breaker.failed(_short(error))
+            breaker.failed(_short(error))
             raise TierDown(_short(error)) from error
-        self._breaker.succeeded()
+        breaker.succeeded()
         return answer
 
     def _list(self, prefix: str) -> list[tuple[str, int]]:
@@ -300,7 +309,7 @@ class RemoteTier:
             return [(item["path"], item["size"]) for page in pages for item in page]
 
         try:
-            return self._ask(listed)
+            return self._ask(listed, self._reads)
         except FileNotFoundError:
             return []
 
@@ -312,7 +321,7 @@ class RemoteTier:
         for at in range(0, len(owed), DELETE_AT_ONCE):
             part = owed[at : at + DELETE_AT_ONCE]
             try:
-                self._ask(lambda part=part: obstore.delete(self._store, part))
+                self._ask(lambda part=part: obstore.delete(self._store, part), self._writes)
             except TierDown:
                 return
             except FileNotFoundError:
@@ -325,7 +334,7 @@ class RemoteTier:
         """Some stores stop at the first object that is not there."""
         for name in names:
             try:
-                self._ask(lambda name=name: obstore.delete(self._store, name))
+                self._ask(lambda name=name: obstore.delete(self._store, name), self._writes)
             except FileNotFoundError:
                 continue
             except TierDown:

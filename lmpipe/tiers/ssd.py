@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import threading
 import time
@@ -31,7 +30,8 @@ from lmpipe import failpoints
 from lmpipe.errors import FormatError, NodeError
 from lmpipe.handles import BLOCK_BYTES, ChunkRecords, Extent
 from lmpipe.index import IndexWriter, index_key, index_keys, row_records
-from lmpipe.tiers import ChunkGone, Recovered, Stored, is_as_good, is_same
+from lmpipe.tiers import ChunkGone, Recovered, Stored, TierDown, is_as_good, is_same
+from lmpipe.tiers.directory import lock_directory
 from lmpipe.tiers.format import MAX_KEYS, digests, forget_header, piece_lengths, record_blocks
 from lmpipe.tiers.recovery import forget, join, newest, write_rows
 from lmpipe.tiers.segment_file import OpenSegment, segment_path
@@ -41,6 +41,8 @@ FlushPolicy = Literal["none", "interval", "each"]
 
 MIN_SEGMENTS = 4
 RETRY_S = (1.0, 30.0)
+OUT_OF_MEANS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""What this process lacks; it says nothing of what is stored."""
 
 
 class SsdTier:
@@ -81,7 +83,7 @@ class SsdTier:
         self._settled: list[Stored] = []
         self._owed: list[tuple[int, npt.NDArray[np.uint8] | None]] = []
         self._hashers = ThreadPoolExecutor(2, "lmpipe-checksum")
-        self._lock_file = _lock_directory(directory)
+        self._lock_file = lock_directory(directory)
 
     @property
     def used_bytes(self) -> int:
@@ -155,10 +157,12 @@ class SsdTier:
                     written, reason = written[written["place"] >> 32 != self._open.number], self._fail(error)
             failpoints.hit("ssd.settle.flushed")
             evicted: list[ChunkRecords] = []
-            while len(written) and not self._index.put_records(written):
-                if not self._reclaim(evicted):
-                    written, reason = written[:0], "the index is full"
-                    break
+            try:
+                while len(written) and not self._index.put_records(written):
+                    if not self._reclaim(evicted):
+                        written, reason = written[:0], "the index is full"
+            except OSError as error:
+                written, reason = written[:0], self._fail(error)
             gone = ~np.isin(written["place"] >> 32, list(self._files))
             if gone.any():  # its own file was given up for the room, and the row goes with all its shards
                 lost = set(index_keys(written[gone]))
@@ -267,6 +271,7 @@ class SsdTier:
         Raises:
             ChunkGone: its file was given up.
             FormatError: what lies there is damaged or another chunk; its row is gone now.
+            TierDown: it could not be looked at.
         """
         path = segment_path(self.directory, Extent.from_place(int(record["place"])).segment)
         try:
@@ -279,6 +284,8 @@ class SsdTier:
             self.drop(record)
             raise
         except OSError as error:
+            if error.errno in OUT_OF_MEANS:
+                raise TierDown(f"{path}: {error.strerror}") from error
             self.drop(record)
             raise FormatError(f"{path}: {error.strerror}") from error
 
@@ -360,10 +367,11 @@ class SsdTier:
                     before = Extent(number, block).place
                     parts = [forget(join(parts), before, int(header.record["namespace"]), keys)]
             records = join(parts)
-            while self.used_bytes > self.capacity_bytes:
-                oldest = next(iter(self._files))
-                self._unlink(oldest)
-                records = records[records["place"] >> 32 != oldest]
+            with contextlib.suppress(OSError):  # a read-only disk: what lies there can be loaded
+                while self.used_bytes > self.capacity_bytes:
+                    oldest = next(iter(self._files))
+                    self._unlink(oldest)
+                    records = records[records["place"] >> 32 != oldest]
             failpoints.hit("ssd.recover.scanned")
             lost = write_rows(self._index, newest(records))
             self._index.publish()
@@ -393,21 +401,3 @@ class SsdTier:
                 self._seal()
             self._hashers.shutdown()
             os.close(self._lock_file)
-
-
-def _lock_directory(directory: Path) -> int:
-    """A descriptor that holds the directory for this node."""
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if directory.stat().st_uid != os.geteuid():
-        raise NodeError(f"{directory} belongs to another user: give tiers.ssd a directory of its own")
-    directory.chmod(0o700)
-    descriptor = os.open(directory / "lmpipe.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
-        os.close(descriptor)
-        raise NodeError(f"{directory} is in use by another node (process {owner}): one node, one directory") from error
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
-    return descriptor
