@@ -5,17 +5,22 @@ not permitted.
 from __future__ import annotations
 
 import functools
+import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from rig import DRAM_ONLY, EngineProcess, assert_nothing_leaks, holds, slot_states, until
+import yaml
+from rig import DRAM_ONLY, WAIT_S, Engine, EngineProcess, assert_nothing_leaks, holds, slot_states, until
 
 from lmpipe.launch.counter_files import read_counters
+from lmpipe.launch.stop import stop_node, tidy_up
 from lmpipe.lifecycle import SlotState
-from lmpipe.testing import Node
+from lmpipe.rundir import RunDir
+from lmpipe.supervisor import NodeState
+from lmpipe.testing import Node, small_topology
 
 CHUNKS = 6
 PATIENT = DRAM_ONLY | {"engines": {"leases": 8, "lookup_deadline_ms": 20_000}}
@@ -136,6 +141,27 @@ def test_an_index_that_may_only_be_read_is_asked_for(node: Node, monkeypatch: py
         assert inside.ask("save", seed=6, chunks=CHUNKS)["saved"] == CHUNKS
         assert inside.ask("load", seed=6, chunks=CHUNKS)["chunks"] == CHUNKS
         assert inside.ask("stats")["lookups_by_message"]
+
+
+def test_a_node_in_a_container_serves_an_engine_outside(tmp_path: Path) -> None:
+    file, paths = tmp_path / "topology.yaml", RunDir(Path(f"/dev/shm/lmpipe-test-{secrets.token_hex(6)}"))
+    plain = small_topology(paths.path, tmp_path) | PATIENT
+    file.write_text(yaml.safe_dump(plain | {"tiers": {"dram": {"capacity": "8MiB"}}}))
+    with subprocess.Popen([*own_pids(), sys.executable, "-P", "-m", "lmpipe", "up", str(file)]) as up:
+        try:
+            until(lambda: (state := NodeState.read(paths.up("supervisor"))) and state.state == "ready", "it is up")
+            with Engine(paths.path) as engine:
+                prompt = engine.prompt(1, CHUNKS)
+                assert engine.save(prompt).wait(0)
+                assert engine.load(prompt).chunks == CHUNKS
+                assert engine.producer.stats()["lookups_by_message"]
+            assert stop_node(paths, keep_dram=False, timeout_s=WAIT_S)
+            assert up.wait(WAIT_S) == 0
+        finally:
+            up.kill()
+            up.wait()
+            if paths.path.exists():
+                tidy_up(paths, keep_dram=False, report=print)
 
 
 @pytest.mark.parametrize(
