@@ -33,6 +33,10 @@ class FormatError(LmpipeError):
     """A stored file or object whose bytes are not what its header promises."""
 
 
+class ForeignVersion(FormatError):
+    """A stored file or object that another version of lmpipe has written: not damaged, and not this one's to remove."""
+
+
 class CannotEncode(LmpipeError):
     """A chunk that a codec cannot write within its stated error: it is kept raw."""
 

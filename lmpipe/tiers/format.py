@@ -45,7 +45,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lmpipe import native
-from lmpipe.errors import FormatError
+from lmpipe.errors import ForeignVersion, FormatError
 from lmpipe.handles import BLOCK_BYTES, CHUNK, ChunkRecords, Codec, Extent, round_up
 from lmpipe.keys import KEY_BYTES
 
@@ -252,7 +252,7 @@ def _check(block: Block, magic: bytes, where: str) -> None:
     if native.xxh3_128(memoryview(block)[:SEALED_AT]) != bytes(block[SEALED_AT:]):
         raise FormatError(f"{where}: header checksum differs")
     if (version := int.from_bytes(block[8:12], "little")) != VERSION:
-        raise FormatError(f"{where}: version {version}, this lmpipe reads {VERSION}")
+        raise ForeignVersion(f"{where}: version {version}, this lmpipe reads {VERSION}")
 
 
 def _check_pieces(kind: RecordKind, record: np.void, pieces: int, piece_bytes: int, where: str) -> None:

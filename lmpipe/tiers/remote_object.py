@@ -24,7 +24,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore, ObjectStore, from_url
 
 from lmpipe import failpoints
-from lmpipe.errors import FormatError, TopologyError
+from lmpipe.errors import ForeignVersion, FormatError, TopologyError
 from lmpipe.handles import BLOCK_BYTES, ChunkRecords
 from lmpipe.index import IndexWriter, index_key, index_keys, row_records
 from lmpipe.tiers import ChunkGone, Recovered, Stored, TierDown, is_as_good, is_same
@@ -171,7 +171,7 @@ class RemoteTier:
 
         Raises:
             ChunkGone: the object is no more; its row is gone now.
-            FormatError: it is damaged or another chunk; row and object are gone now.
+            FormatError: it is damaged or another chunk; row and object are gone now. ForeignVersion: the row alone is.
             TierDown: the store does not answer.
         """
         name, nbytes = object_name(record), int(record["nbytes"])
@@ -193,7 +193,8 @@ class RemoteTier:
                 raise FormatError(f"object {name}: checksum of piece {wrong[0]} differs")
         except FormatError as error:
             self._forget(record, name)
-            self._delete([name])
+            if not isinstance(error, ForeignVersion):  # that one is good for the node that wrote it
+                self._delete([name])
             raise
         into[:nbytes] = view[BLOCK_BYTES:]
         failpoints.hit("remote.get.verified")

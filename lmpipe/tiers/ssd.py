@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lmpipe import failpoints
-from lmpipe.errors import FormatError, NodeError
+from lmpipe.errors import ForeignVersion, FormatError, NodeError
 from lmpipe.handles import BLOCK_BYTES, ChunkRecords, Extent
 from lmpipe.index import IndexWriter, index_key, index_keys, row_records
 from lmpipe.tiers import ChunkGone, Recovered, Stored, TierDown, is_as_good, is_same
@@ -345,7 +345,11 @@ class SsdTier:
             del self._owed[0]
 
     def recover(self) -> Recovered:
-        """Fill the index from the files and publish it. Files without a footer get one."""
+        """Fill the index from the files and publish it. Files without a footer get one.
+
+        Raises:
+            NodeError: another version of lmpipe has written there; nothing was removed.
+        """
         with self._lock:
             found, damaged = 0, 0
             parts: list[ChunkRecords] = []
@@ -356,6 +360,10 @@ class SsdTier:
                     part = scan(path, number)
                     if not part.sealed:
                         self._mend(path, part)
+                except ForeignVersion as error:
+                    raise NodeError(
+                        f"{error}; use the lmpipe that wrote it, or give tiers.ssd another directory"
+                    ) from None
                 except (FormatError, OSError):
                     damaged += 1
                     continue

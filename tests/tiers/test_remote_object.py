@@ -16,12 +16,14 @@ from hypothesis import strategies as st
 from obstore.store import MemoryStore
 from stored_chunks import chunks, node_words, payload, same
 
+from lmpipe import native
 from lmpipe.errors import FormatError, TopologyError
 from lmpipe.handles import BLOCK_BYTES, ChunkRecords, Tier
 from lmpipe.index import IndexWriter, index_keys, row_records
 from lmpipe.shm.node import NodeWords
 from lmpipe.tiers import ChunkGone, TierDown
 from lmpipe.tiers.breaker import FAILURES
+from lmpipe.tiers.format import SEALED_AT
 from lmpipe.tiers.object_name import object_name, parse_name
 from lmpipe.tiers.remote_object import RemoteTier, open_store
 
@@ -183,6 +185,19 @@ def test_damage_is_never_served_and_is_removed(tiers: Tiers, at: int) -> None:
     (tiers.root / object_name(records[1])).write_bytes(bytes(100))
     with pytest.raises(FormatError, match="100 bytes"):
         loads(tier, records[1])
+
+
+def test_an_object_of_another_version_is_a_miss_and_stays(tiers: Tiers) -> None:
+    record = chunks(1)[0]
+    tier = tiers.open()
+    save(tier, chunks(1))
+    path = tiers.root / object_name(record)
+    ours = path.read_bytes()
+    head = ours[:8] + b"\2\0\0\0" + ours[12:SEALED_AT]
+    path.write_bytes(theirs := head + native.xxh3_128(head) + ours[BLOCK_BYTES:])
+    with pytest.raises(FormatError, match="version 2, this lmpipe reads 1"):
+        loads(tier, record)
+    assert not loads(tier, record) and path.read_bytes() == theirs
 
 
 def test_a_swapped_object_is_seen(tiers: Tiers) -> None:

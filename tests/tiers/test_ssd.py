@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 from stored_chunks import chunks, node_words, payloads, same
 
+from lmpipe import native
 from lmpipe.errors import FormatError, NodeError
 from lmpipe.handles import BLOCK_BYTES, ChunkRecords, Extent, Tier, round_up
 from lmpipe.index import IndexWriter, index_keys, row_records
 from lmpipe.shm.node import NodeWords
 from lmpipe.tiers import ChunkGone, Recovered
+from lmpipe.tiers.format import SEALED_AT
 from lmpipe.tiers.segment_file import OpenSegment, aligned, segment_path
 from lmpipe.tiers.ssd import FlushPolicy, SsdTier
 
@@ -59,8 +61,8 @@ def tier_at(tmp_path: Path, node: tuple[Path, NodeWords]) -> Open:
         try:
             made = Opened(tmp_path / "ssd", capacity, flush, SEGMENT_BYTES, index, clock=lambda: clock[0])
             made.index = index
-            made.found = made.recover()
             try:
+                made.found = made.recover()
                 yield made
             finally:
                 made.crash() if crash else made.close()
@@ -167,6 +169,25 @@ def test_a_file_that_is_none_is_left_alone(tier_at: Open, tmp_path: Path) -> Non
         assert tier.found == Recovered(2, 2, 1)
         assert int(save(tier, chunks(1, seed=1))["place"][0]) >> 32 == 3
     assert strange.exists()
+
+
+def test_files_of_another_version_are_refused_and_left(tier_at: Open, tmp_path: Path) -> None:
+    """They may be all that a newer lmpipe has; as damage they would be given up for room one day."""
+    with tier_at() as tier:
+        records = save(tier, chunks(2))
+    path = segment_path(tmp_path / "ssd", 1)
+    ours = path.read_bytes()
+    head = ours[:8] + b"\2\0\0\0" + ours[12:SEALED_AT]
+    path.write_bytes(theirs := head + native.xxh3_128(head) + ours[BLOCK_BYTES:])
+    with (
+        pytest.raises(NodeError, match="version 2, this lmpipe reads 1; use the lmpipe that wrote it, or give"),
+        tier_at(),
+    ):
+        pass
+    assert path.read_bytes() == theirs
+    path.write_bytes(ours)
+    with tier_at() as tier:
+        assert all(loads(tier, record) for record in records)
 
 
 def test_the_newest_record_counts(tier_at: Open) -> None:
