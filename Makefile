@@ -12,7 +12,7 @@ VLLM_PIP := $(VLLM_BIN)/python -m pip install --quiet
 VLLM_LIST := tests/vllm/requirements.txt
 VLLM_PINS := tests/vllm/constraints.txt
 
-.PHONY: setup setup-vllm demo test test-gpu test-vllm lint types contract native clean
+.PHONY: setup setup-vllm demo test test-gpu test-vllm lint types contract native model fuzz clean
 
 setup: $(STAMP)
 
@@ -63,6 +63,17 @@ types: setup
 
 contract: setup
 	$(BIN)/lint-imports
+
+# The protocol's models, in all sizes; `make test` has the small ones. spin and a C compiler are needed.
+model: setup
+	$(BIN)/python tests/model/check_models.py --long
+
+COUNT ?= 1000000
+SEED ?= 1
+
+# Damaged input of every kind, COUNT in all; what fails is printed with the command that does it again.
+fuzz: setup
+	$(BIN)/python tests/fuzz/fuzz.py --count $(COUNT) --seed $(SEED)
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) build
