@@ -277,10 +277,10 @@ def stages_below(node: Node) -> list[str]:
     ends = node.info.endpoints["gather"]
     client = Client({"load": ends["load"], "save": ends["save"]})
     try:
-        until(lambda: client.send("load", Ping(SessionId(1), 1)), "gather listens")
         answers: list[Pong] = []
 
         def heard() -> bool:
+            client.send("load", Ping(SessionId(1), 1))  # again and again: who got the last one may have died of it
             message = client.recv()
             if isinstance(message, Pong):
                 answers.append(message)
