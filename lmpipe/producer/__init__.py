@@ -48,6 +48,7 @@ log = logging.getLogger("lmpipe.producer")
 
 MappedPages = m.PageSource
 CLOSE_S = 5.0
+INVALIDATE_RETRY_S = 0.05
 
 _EMPTY = np.empty(0, np.uint8)
 
@@ -368,14 +369,19 @@ class Producer:
         return answer.count if isinstance(answer, m.Pinned) else 0
 
     def invalidate(self, prompt: Prompt | None = None, timeout_s: float = 10.0) -> int:
-        """Remove a prompt's chunks (None: all of this namespace) from every tier. Returns the rows removed, -1 without
-        an answer.
+        """Remove a prompt's chunks (None: all of this namespace) from every tier, waiting for one that is starting.
+        Returns the rows removed, -1 without an answer.
         """
-        ref = next(self._ids)
+        deadline_s = time.monotonic() + timeout_s
         namespace = int.from_bytes(self.namespace[:8], "little")
         chunks = self._records(prompt) if prompt is not None else m.no_chunks()
-        answer = self._link.ask(ref, m.Invalidate(self._session(), ref, namespace, list(TIERS), chunks), timeout_s)
-        return answer.removed if isinstance(answer, m.Invalidated) else -1
+        while self._link.state == "ready" and (left_s := deadline_s - time.monotonic()) > 0:
+            ref = next(self._ids)
+            answer = self._link.ask(ref, m.Invalidate(self._session(), ref, namespace, list(TIERS), chunks), left_s)
+            if isinstance(answer, m.Invalidated):
+                return answer.removed
+            time.sleep(INVALIDATE_RETRY_S)  # refused: a tier below has died, or nobody has heard of it yet
+        return -1
 
     def flush(self, prompt: Prompt | None = None, *, timeout_s: float = 30.0, tiers: Iterable[Tier | str] = ()) -> bool:
         """Wait until all saves are answered and, given a prompt, until its chunks are found in each of `tiers`."""

@@ -205,9 +205,21 @@ class Persist:
         def invalidate() -> int:
             return self._tier.invalidate(forget.message.namespace, forget.message.chunks)
 
-        self._job("invalidate", invalidate, lambda removed: self._recalls.answered_here(forget.number, removed))
+        def done(removed: int) -> None:
+            self._recalls.answered_here(forget.number, removed)
 
-    def _job(self, name: str, fn: Callable[[], T], done: Callable[[T], None], nbytes: int = 0, chunks: int = 0) -> None:
+        self._job("invalidate", invalidate, done, urgent=True)  # somebody waits for the answer
+
+    def _job(
+        self,
+        name: str,
+        fn: Callable[[], T],
+        done: Callable[[T], None],
+        nbytes: int = 0,
+        chunks: int = 0,
+        *,
+        urgent: bool = False,
+    ) -> None:
         """What writes goes one by one. The tier answers trouble by values: an exception is a bug."""
 
         def finished(result: T) -> None:
@@ -218,7 +230,7 @@ class Persist:
             raise error
 
         self._writing = True
-        self._context.submit(fn, finished, failed, name, nbytes=nbytes, chunks=chunks)
+        self._context.submit(fn, finished, failed, name, urgent=urgent, nbytes=nbytes, chunks=chunks)
 
     # ---- time ----
 
