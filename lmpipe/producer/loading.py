@@ -16,11 +16,12 @@ import numpy.typing as npt
 
 from lmpipe import failpoints, native
 from lmpipe import messages as m
-from lmpipe.handles import ChunkRecords, Codec, Tier
+from lmpipe.handles import CHUNK, ChunkRecords, Codec, Tier
 from lmpipe.producer.attachment import LOOKS, TIERS, Attachment, Found, slots_of
 from lmpipe.producer.decoding import Decoder
 from lmpipe.producer.link import Answer, Link
 from lmpipe.producer.saving import PageIds
+from lmpipe.shm.table import SlotTable
 
 LOOK_S = 0.02
 """How often a load that waits looks whether gather lives."""
@@ -218,15 +219,26 @@ class Loader:
         arrivals: _Arrivals,
     ) -> npt.NDArray[np.bool_]:
         """Copy held slots into pages; (n,) which of them have arrived. Why others have not is noted."""
-        there = np.ones(len(records), np.bool_)
         arena = attachment.arena
-        raw = records["codec"] == Codec.RAW
+        there = _are_in(arena, records)
+        if not there.all():
+            arrivals.failed.add("another chunk is there")
+        raw = there & (records["codec"] == Codec.RAW)
         if raw.any():
             offsets = np.array([arena.offset(place >> 32) for place in records["place"][raw].tolist()], np.uint64)
             self._copier.scatter(pool, np.ascontiguousarray(page_ids[raw]), arena.region, offsets)
-        if not raw.all():
-            encoded = np.flatnonzero(~raw)
+        if not raw[there].all():
+            encoded = np.flatnonzero(there & ~raw)
             damaged = self._decoder.scatter(arena, records[encoded], pool, np.ascontiguousarray(page_ids[encoded]))
             there[encoded[list(damaged)]] = False
             arrivals.failed.update(damaged.values())
         return there
+
+
+def _are_in(arena: SlotTable, records: ChunkRecords) -> npt.NDArray[np.bool_]:
+    """(n,) which held slots say themselves that they have what a row promised: a damaged row leads anywhere."""
+    headers = arena.records(records["place"] >> np.uint64(32))
+    headers["place"] = records["place"]
+    shape = (len(records), CHUNK.itemsize)
+    said, promised = (np.ascontiguousarray(each).view(np.uint8).reshape(shape) for each in (headers, records))
+    return (said == promised).all(axis=1)

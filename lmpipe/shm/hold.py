@@ -109,6 +109,9 @@ class Holds:
         When the table has not that many entries free, the oldest holds are lost until it has.
         """
         self._session.check()
+        if (beyond := slots >= table.slots).any():  # a damaged row leads anywhere
+            first = int(np.argmax(beyond))
+            slots, generations = slots[:first], generations[:first]
         with self._lock:
             self._make_room(min(len(slots), self.entries))
             entries = self._table.take(table.headers, slots, generations, SlotState.COMMITTED, request)

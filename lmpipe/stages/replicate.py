@@ -57,6 +57,7 @@ class Replicate:
         self._putting = 0
         self._forgetting = False
         self._ticking = False
+        self._listing = False
         self._listed = False
         self._list_at_s = 0.0
         self._tick_at_s = 0.0
@@ -144,7 +145,7 @@ class Replicate:
             self._recalls.answered_here(forget.number, removed)
 
         self._forgetting = True
-        self._context.submit(invalidate, done, _bug, "invalidate")
+        self._context.submit(invalidate, done, _bug, "invalidate", urgent=True)  # somebody waits for the answer
 
     # ---- time ----
 
@@ -155,9 +156,10 @@ class Replicate:
             self._tick_at_s = now_s + TICK_S
             self._tick(now_s)
         retry_s = self._reads.pump(now_s)
-        # An invalidation waits for the puts before it, and the puts behind it wait for it.
+        # An invalidation waits for the puts before it, and the puts behind it wait for it; and neither it nor a listing
+        # begins within the other: what was listed before and is entered after would come back.
         while self._queue and self._putting < PUTS_AT_ONCE and not self._forgetting:
-            if isinstance(self._queue[0], _Forget) and self._putting:
+            if isinstance(self._queue[0], _Forget) and (self._putting or self._listing):
                 break
             self._next()
         due_s = self._tick_at_s - now_s
@@ -173,18 +175,18 @@ class Replicate:
         self._context.gauge("ring_capacity_bytes", self._landings.capacity_bytes)
         if not self._ticking:
             self._ticking = True
-            if not self._listed and now_s >= self._list_at_s:
-                self._list_at_s = now_s + RELIST_S
+            if not self._listed and not self._forgetting and now_s >= self._list_at_s:
+                self._listing, self._list_at_s = True, now_s + RELIST_S
                 self._context.submit(self._tier.recover, self._recovered, self._not_listed, "list")
             else:
                 self._context.submit(self._tier.tick, self._ticked, _bug, "tick")
 
     def _recovered(self, found: Recovered) -> None:
-        self._ticking, self._listed = False, True
+        self._ticking, self._listing, self._listed = False, False, True
         self._context.count("corrupt_chunks", found.damaged)
 
     def _not_listed(self, error: Exception) -> None:
-        self._ticking = False
+        self._ticking = self._listing = False
         if not isinstance(error, LmpipeError):
             raise error
 

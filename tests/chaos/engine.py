@@ -225,10 +225,15 @@ class Troubled(Engine):
         return {"holding": self.holding, "stats": stats}
 
     def standing(self) -> dict[str, Any]:
-        """With which gather it is registered."""
+        """With which gather it is registered, and whether it maps the index."""
         link = self.producer._link
-        registered = link.registered
-        return {"state": link.state, "reason": link.reason, "gather": registered.session if registered else 0}
+        registered, attachment = link.registered, link.attachment
+        return {
+            "state": link.state,
+            "reason": link.reason,
+            "gather": registered.session if registered else 0,
+            "mapped": attachment is not None and not attachment.by_message,
+        }
 
     def verify(self, prompts: list[tuple[int, int]], patience_s: float) -> list[str]:
         """Load each of these prompts whole, if need be in several attempts; what could not be."""

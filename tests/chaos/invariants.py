@@ -114,7 +114,7 @@ class Looker:
         session = self._world.gather_session()
         for number in range(len(self._world.engines)):
             standing = self._ask(number, "standing")
-            if standing["state"] != "ready" or standing["gather"] != session:
+            if standing["state"] != "ready" or standing["gather"] != session or not standing["mapped"]:
                 return f"engine {number}: {standing}, gather is {session}"
         return ""
 

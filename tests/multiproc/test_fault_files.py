@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from rig import CALM, Engine, until_whole
+from rig import CALM, DRAM_ONLY, Engine, until_whole
 
-from lmpipe.handles import Tier
+from lmpipe.handles import CHUNK, ChunkRecords, Tier
+from lmpipe.index import row_records
 from lmpipe.testing import Node
 
 PROMPTS, CHUNKS = range(8), 8
@@ -97,3 +99,38 @@ def test_fault_09_damage_found_at_start_costs_what_is_damaged(node: Node, where:
         save_all(engine)
         assert [engine.load(engine.prompt(seed, CHUNKS)).chunks for seed in PROMPTS] == [CHUNKS] * len(PROMPTS)
         assert node.status().state == "ready"
+
+
+def rows_of(engine: Engine, seed: int) -> ChunkRecords:
+    attachment = engine.producer._link.attachment
+    assert attachment is not None
+    with attachment._index.guard:
+        (reader, *_) = attachment._index.tiers([], 0.0)
+        return row_records(b"".join(reader.run(engine.prompt(seed, CHUNKS).index_keys)))
+
+
+def test_fault_09_a_damaged_row_of_the_index_leads_to_no_other_chunk() -> None:
+    """LMDB knows no checksums; the slot says itself what it has. Bits of every field, and another row's fields."""
+    with Node(DRAM_ONLY) as node, Engine(node.run_dir) as engine:
+        for seed in (1, 2):
+            assert engine.save(engine.prompt(seed, CHUNKS)).wait(0)
+        (path,) = node.paths.index.glob("dram-*/data.mdb")
+        record, other = (rows_of(engine, seed)[at] for seed, at in ((1, 2), (2, 3)))
+        bits = [record.tobytes()]
+        fields = CHUNK.fields or {}
+        for dtype, offset, *_ in fields.values():
+            damaged = bytearray(bits[0])
+            damaged[offset : offset + dtype.itemsize] = other.tobytes()[offset : offset + dtype.itemsize]
+            bits.append(bytes(damaged))
+        for bit in range(8 * CHUNK.itemsize):
+            damaged = bytearray(bits[0])
+            damaged[bit // 8] ^= 1 << bit % 8
+            bits.append(bytes(damaged))
+        data = path.read_bytes()
+        places = [found.start() for found in re.finditer(re.escape(bits[0]), data)]  # old pages have it too
+        with path.open("r+b") as file:
+            for damage in bits:
+                for place in places:
+                    os.pwrite(file.fileno(), damage, place)
+                loaded = engine.load(engine.prompt(1, CHUNKS)).chunks  # compares every byte
+                assert loaded == (CHUNKS if damage == bits[0] else 2)

@@ -10,6 +10,7 @@ from chain import Chain, a_chain, keys, of
 
 from lmpipe.handles import Tier
 from lmpipe.messages import Invalidate, Invalidated, Loaded, LoadFailed, Persisted, SaveDropped, no_chunks
+from lmpipe.tiers.remote_object import RemoteTier
 
 
 @pytest.fixture
@@ -91,3 +92,27 @@ def test_invalidation_is_in_order_with_saves(chain: Chain) -> None:
     heard = chain.run()
     assert of(heard, Invalidated)[0].removed == 2
     assert len(chain.stored("replicate", records)) == 1
+
+
+def test_what_is_invalidated_while_the_store_is_listed_does_not_come_back(
+    chain: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = chain.committed(3, 5000)
+    chain.save(records)
+    chain.run()
+    chain.stop("replicate")
+    chain.start("replicate")
+    seat, list_store = chain.seats["replicate"], RemoteTier._list
+
+    def list_slowly(tier: RemoteTier, prefix: str) -> list[tuple[str, int]]:
+        found = list_store(tier, prefix)
+        monkeypatch.setattr(RemoteTier, "_list", list_store)
+        while seat.turn():  # the stage goes on before what was listed is entered
+            continue
+        return found
+
+    monkeypatch.setattr(RemoteTier, "_list", list_slowly)
+    chain.send("save", Invalidate(1, 8, 7, [Tier.REMOTE], no_chunks()))
+    heard = chain.run()
+    assert of(heard, Invalidated)[0].removed == 3
+    assert not len(chain.stored("replicate", records))
