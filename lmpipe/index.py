@@ -325,10 +325,9 @@ class IndexWriter:
                 self._opened = None
 
     def _has_room(self) -> bool:
-        stat = self.environment.stat()
-        live = stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]
-        pages = self._map_bytes // stat["psize"]
-        return live + max(pages // _RESERVE_PART, 32) < pages
+        page_bytes = self.environment.stat()["psize"]
+        reserve = max(self._map_bytes // _RESERVE_PART, 32 * page_bytes)
+        return _live_bytes(self.environment) + reserve < self._map_bytes
 
 
 class IndexReader:
@@ -376,6 +375,18 @@ class IndexReader:
             self.close()
         return [None] * len(keys)
 
+    def usage(self) -> tuple[int, float] | None:
+        """Rows, and the part of the map that they take; None: it cannot be read, or there is none yet."""
+        try:
+            environment = self._current()
+            if environment is None:
+                return None
+            return environment.stat()["entries"], _live_bytes(environment) / self._map_bytes
+        except (lmdb.Error, OSError):
+            self.errors += 1
+            self.close()
+            return None
+
     def trouble(self) -> str:
         """Why the index cannot be mapped here, though its writer has published one; empty: it can."""
         for _ in range(_LOOKS):
@@ -420,6 +431,12 @@ class IndexReader:
             readahead=False,
             max_spare_txns=4,
         )
+
+
+def _live_bytes(environment: lmdb.Environment) -> int:
+    """What the rows take, without the pages that wait to be used again."""
+    stat = environment.stat()
+    return stat["psize"] * (stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"])
 
 
 def _allocate(path: Path, nbytes: int, flags: int) -> None:

@@ -17,6 +17,7 @@ from lmpipe.cli import (
     compress,
     decompress,
     demo,
+    doctor,
     down,
     lookup,
     profile,
@@ -27,11 +28,12 @@ from lmpipe.cli import (
 from lmpipe.cli.nodes import NodeAbsent, UsageError
 from lmpipe.errors import LmpipeError, TopologyError
 
-VERBS = (up, down, check, status, lookup, clear, compress, decompress, demo, bench, quality, calibrate, profile)
+VERBS = (up, down, check, doctor, status, lookup, clear, compress, decompress, demo, bench, quality, calibrate, profile)
 
 EPILOG = """\
 examples:
   lmpipe check topologies/local.yaml      what would run where, and whether this machine has the room
+  lmpipe doctor                           what is wrong with this machine or the node on it, and what to do
   lmpipe up topologies/local.yaml         run the node in the foreground, Ctrl-C stops it in order
   lmpipe up topologies/local.yaml -d      the same in the background
   lmpipe status --watch                   processes, tiers, engines, once a second

@@ -48,16 +48,16 @@ def warnings_of(topology: Topology) -> list[str]:
     """What on this machine would be in the way."""
     found: list[str] = []
     run_dir = Path(topology.run_dir)
-    shared, taken = shared_bytes(topology), _bytes_in(RunDir(run_dir))
-    free = shutil.disk_usage(_existing(run_dir)).free + taken
+    shared, taken = shared_bytes(topology), bytes_in(RunDir(run_dir))
+    free = shutil.disk_usage(existing(run_dir)).free + taken
     if shared > free:
-        found.append(f"{size(shared)} of shared memory are wanted, {size(free)} are free at {_existing(run_dir)}")
+        found.append(f"{size(shared)} of shared memory are wanted, {size(free)} are free at {existing(run_dir)}")
     elif shared > 0.8 * free:
-        found.append(f"{size(shared)} of the {size(free)} free at {_existing(run_dir)} will be taken")
-    if (memory := _available_memory()) and shared > memory + taken:
+        found.append(f"{size(shared)} of the {size(free)} free at {existing(run_dir)} will be taken")
+    if (memory := available_memory()) and shared > memory + taken:
         found.append(f"{size(shared)} of shared memory are wanted, {size(memory)} of memory are available")
     if topology.tiers.ssd:
-        directory = _existing(Path(topology.tiers.ssd.directory))
+        directory = existing(Path(topology.tiers.ssd.directory))
         free = shutil.disk_usage(directory).free
         if topology.tiers.ssd.capacity > free:
             found.append(f"tiers.ssd wants {size(topology.tiers.ssd.capacity)}, {size(free)} are free at {directory}")
@@ -76,16 +76,18 @@ def shared_bytes(topology: Topology) -> int:
     return topology.tiers.dram.capacity + rings + sum(topology.index.map_bytes(tier) for tier in topology.tier_names)
 
 
-def _bytes_in(paths: RunDir) -> int:
+def bytes_in(paths: RunDir) -> int:
     """What a former life of this node has there already and would give back."""
     return sum(path.stat().st_blocks * 512 for path in paths.path.rglob("*") if path.is_file())
 
 
-def _existing(path: Path) -> Path:
+def existing(path: Path) -> Path:
+    """The path, or the nearest directory above it that is there."""
     return next(directory for directory in (path, *path.parents) if directory.exists())
 
 
-def _available_memory() -> int:
+def available_memory() -> int:
+    """Bytes that the kernel could give without swapping; 0: it does not say."""
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024

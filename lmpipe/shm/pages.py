@@ -81,6 +81,12 @@ def sweep(directory: Path) -> list[Path]:
     return removed
 
 
+def left_by_the_dead(directory: Path) -> list[Path]:
+    """Segments whose makers have died; nothing is removed."""
+    lives = Lives(directory, _PAGES)
+    return [lives.file(number) for number in lives.with_file() if not lives.alive(number)]
+
+
 def _begin(directory: Path) -> Life:
     for _ in range(_ATTEMPTS):
         try:
