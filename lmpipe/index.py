@@ -24,6 +24,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import ClassVar
 
@@ -44,6 +45,7 @@ MAX_READERS = 1024
 _SHARD_AT = 24
 _SHARDS_AT = 26
 _FEW_KEYS = 4
+_ONE_RECORD = frozenset({RECORD_BYTES})
 _LOOKS = 8
 _RESERVE_PART = 16
 """One page in this many is kept back from `put`: LMDB copies pages before changing them, so deletes need some too."""
@@ -84,6 +86,13 @@ def index_keys(records: ChunkRecords) -> list[bytes]:
     raw = np.ascontiguousarray(records).view(np.uint8).reshape(len(records), RECORD_BYTES)
     flat = np.concatenate((raw[:, KEY_BYTES:INDEX_KEY_BYTES], raw[:, :KEY_BYTES]), axis=1).tobytes()
     return [flat[at : at + INDEX_KEY_BYTES] for at in range(0, len(flat), INDEX_KEY_BYTES)]
+
+
+def _rows_only(values: list[bytes]) -> list[bytes]:
+    """The values before the first that is not made of records."""
+    if _ONE_RECORD.issuperset(map(len, values)):
+        return values
+    return list(takewhile(lambda value: value and len(value) % RECORD_BYTES == 0, values))
 
 
 def _split(row: bytes) -> list[bytes]:
@@ -344,7 +353,10 @@ class IndexReader:
         self._generation = 0
 
     def run(self, keys: Sequence[bytes], start: int = 0) -> list[bytes]:
-        """Values of `keys[start:]` up to the first miss: chunk records of the shards that are there (`is_complete`)."""
+        """Values of `keys[start:]` up to the first miss: chunk records of the shards that are there (`is_complete`).
+
+        A row that is none, because memory was damaged, is a miss too.
+        """
         found: list[bytes] = []
         try:
             environment = self._current()
@@ -355,13 +367,13 @@ class IndexReader:
                 for at in range(start, len(keys), BATCH_KEYS):
                     for value in map(get, keys[at : at + BATCH_KEYS]):
                         if value is None:
-                            return found
+                            return _rows_only(found)
                         found.append(value)
         except (lmdb.Error, OSError):
             self.errors += 1
             self.close()
             return []
-        return found
+        return _rows_only(found)
 
     def rows(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """The value of each key; None: there is none, or it could not be read."""
@@ -369,7 +381,8 @@ class IndexReader:
             environment = self._current()
             if environment is not None:
                 with environment.begin() as transaction:
-                    return list(map(transaction.get, keys))
+                    found = list(map(transaction.get, keys))
+                return [value if value and len(value) % RECORD_BYTES == 0 else None for value in found]
         except (lmdb.Error, OSError):
             self.errors += 1
             self.close()
@@ -388,11 +401,13 @@ class IndexReader:
             return None
 
     def trouble(self) -> str:
-        """Why the index cannot be mapped here, though its writer has published one; empty: it can."""
+        """Why the index cannot be mapped here, though it is there; empty: it can, or there is none yet."""
         for _ in range(_LOOKS):
             generation = self._node.index_generation(self.tier)
             try:
                 self._current()
+            except FileNotFoundError:
+                return ""  # of a former life: its writer is about to begin another
             except (lmdb.Error, OSError) as error:
                 if generation == self._node.index_generation(self.tier):  # else it was replaced in this moment
                     return str(error)

@@ -213,6 +213,29 @@ def test_lookup_errors_are_misses(run_dir: Path, node: NodeWords, writer: IndexW
     reader.close()
 
 
+def test_trouble_is_an_index_that_is_there_and_cannot_be_opened(
+    run_dir: Path, node: NodeWords, writer: IndexWriter
+) -> None:
+    def trouble() -> str:
+        reader = IndexReader(run_dir, Tier.DRAM, MAP_BYTES, node)
+        try:
+            return reader.trouble()
+        finally:
+            reader.close()
+
+    assert trouble() == ""  # nothing is published
+    writer.publish()
+    assert trouble() == ""
+    writer.close()
+    (directory,) = (run_dir / "index").iterdir()
+    locks = directory / "lock.mdb"
+    locks.unlink()
+    locks.mkdir()
+    assert "Is a directory" in trouble()
+    shutil.rmtree(directory)
+    assert trouble() == ""  # as when a node starts anew
+
+
 def test_two_readers_and_the_writer_share_one_process(
     run_dir: Path, node: NodeWords, writer: IndexWriter, reader: IndexReader
 ) -> None:
