@@ -12,7 +12,7 @@ VLLM_PIP := $(VLLM_BIN)/python -m pip install --quiet
 VLLM_LIST := tests/vllm/requirements.txt
 VLLM_PINS := tests/vllm/constraints.txt
 
-.PHONY: setup setup-vllm demo test test-gpu test-vllm lint types contract native model fuzz clean
+.PHONY: setup setup-vllm demo test chaos test-gpu test-vllm lint types contract native model fuzz clean
 
 setup: $(STAMP)
 
@@ -45,6 +45,11 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# Faults against a real node, for as long as you like; docs/reliability.md.
+SECONDS := 600
+chaos: setup
+	$(BIN)/python -m tests.chaos --seconds $(SECONDS) --go-on
 
 # The kernels, which `make test` interprets, on a GPU; they are skipped where torch sees none.
 test-gpu: setup

@@ -134,6 +134,29 @@ def flip_free_memory(world: World, draw: random.Random) -> dict[str, Any] | None
     return {"of": len(places)}
 
 
+@fault(3)
+def flip_index(world: World, draw: random.Random) -> dict[str, Any] | None:
+    """Bits of a tier's LMDB file, which knows no checksums; later its owner dies, and makes the index anew."""
+    stage, tier = draw.choice((("gather", "dram"), ("persist", "ssd"), ("replicate", "remote")))
+    done: list[int] = []
+    for path in world.node.paths.index.glob(f"{tier}-*/data.mdb"):
+        with contextlib.suppress(OSError):
+            data = np.fromfile(path, np.uint8)
+            used = np.flatnonzero(data[: len(data) // BLOCK * BLOCK].reshape(-1, BLOCK).any(axis=1))
+            for _ in range(8 if len(used) else 0):
+                done.append(int(draw.choice(used)) * BLOCK + draw.randrange(BLOCK))
+                flip(path, done[-1], draw.randrange(8))
+    owner = world.node.topology.process_of(stage).name
+
+    def end() -> None:
+        for process in world.living():
+            if process.name == owner:
+                world.kill(process)
+
+    world.later(draw.uniform(0.2, 2.0), end)
+    return {"tier": tier, "at": done}
+
+
 def fill(directory: Path) -> Path:
     """Take all the space that a file system has left."""
     stuffing = directory / "stuffing"
@@ -161,6 +184,28 @@ def full_shm(world: World, draw: random.Random) -> dict[str, Any] | None:
     nbytes = stuffing.stat().st_size
     world.later(draw.choice((0.3, 1.0, 3.0)), lambda: stuffing.unlink(missing_ok=True))
     return {"bytes": nbytes}
+
+
+@fault(10, asks=lambda world: "" if world.io else "its processes have no failing I/O (not drawn, or no compiler)")
+def io(world: World, draw: random.Random) -> dict[str, Any] | None:
+    """Calls on a tier's files fail, do half of the work, or are slow for a while."""
+    assert world.io is not None
+    tier, path = draw.choice((("ssd", world.ssd), ("remote", world.remote)))
+    kinds = [
+        "write EIO%0.3",
+        "write ENOSPC%0.5",
+        "write short%0.5",
+        "sync EIO%0.5",
+        "make ENOSPC%0.5",
+        "open EMFILE%0.3",
+    ]
+    kinds += ["write rate=1000000", "read rate=1000000"]
+    if world.shape.damaged == tier:
+        kinds += ["read EIO%0.3", "read short%0.3", "read flip%0.1"] * 2
+    rule = f"{path} {draw.choice(kinds)}"
+    world.io.set(rule)
+    world.later(draw.choice((0.2, 1.0)), world.io.clear)
+    return {"rule": rule}
 
 
 @fault(1)

@@ -78,7 +78,7 @@ class Looker:
         self._world.settled = True
         self.until(self._registered, "every engine is registered")
         self.until(self._chain, "the stages know each other")
-        self._judge_slow()
+        self._judge_long()
         self.until(self._leaks, "nothing is left behind")
         self._proof()
         self.until(self._disagreements, "tables and counters agree")
@@ -122,10 +122,10 @@ class Looker:
         below, wanted = stages_below(self._world.node), list(self._world.node.topology.stages[1:])
         return "" if below == wanted else f"gather sees {below}"
 
-    def _judge_slow(self) -> None:
-        """A call was late unless its process was stopped meanwhile."""
-        slow, self._record.slow = self._record.slow, []
-        for pid, call in slow:
+    def _judge_long(self) -> None:
+        """How long calls took when what their process was stopped is taken off; some were late."""
+        long, self._record.long = self._record.long, []
+        for pid, call in long:
             begin, end = call["begin_ns"], call["end_ns"]
             asleep = sum(
                 max(0, min(end, until_ns) - max(begin, since_ns))
@@ -133,8 +133,9 @@ class Looker:
                 if stopped == pid
             )
             took_s = (end - begin - asleep) / 1e9
+            self._record.sums.times[call["long"]].append(int(took_s * 1e6))
             if took_s > call["allowed_s"]:
-                self._record.violation(f"a {call['slow']} took {took_s:.1f} s", allowed_s=call["allowed_s"])
+                self._record.violation(f"a {call['long']} took {took_s:.1f} s", allowed_s=call["allowed_s"])
         self._world.stops.clear()
 
     def _leaks(self) -> str:

@@ -60,8 +60,8 @@ class Record:
     def __init__(self, seed: int, sums: Sums, file: IO[str] | None = None) -> None:
         self.seed, self.sums = seed, sums
         self.vault: dict[int, Kept] = {}
-        self.slow: list[tuple[int, dict[str, Any]]] = []
-        """Calls of a process that took longer than they may, not judged yet."""
+        self.long: list[tuple[int, dict[str, Any]]] = []
+        """Calls of a process that took long, as it seems to it; not judged yet."""
         self.violated = 0
         self._file = file
         self._lock = threading.RLock()
@@ -107,7 +107,7 @@ class Record:
             elif "persisted" in said:
                 for seed, chunks, at in said["chunks"]:
                     self.vault.setdefault(seed, Kept(chunks)).acked[said["persisted"]].add(at)
-            elif "slow" in said:
-                self.slow.append((pid, said))
+            elif "long" in said:
+                self.long.append((pid, said))
             elif "violation" in said:
                 self.violation(said.pop("violation"), pid=pid, **said)

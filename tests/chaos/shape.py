@@ -26,6 +26,8 @@ class Shape:
     """Of each engine, whether gather copies its pages."""
     on_disk: bool
     """Whether the segment files lie on the disk, not on a small tmpfs that can be filled."""
+    failing_io: bool
+    """Whether every process runs with the library that makes calls on files fail."""
 
     @classmethod
     def draw(cls, seed: int) -> Shape:
@@ -45,6 +47,7 @@ class Shape:
             damaged=draw.choice(("", "ssd", "remote")),
             mapped=mapped,
             on_disk=draw.random() < 0.2,
+            failing_io=draw.random() < 0.3,
         )
 
     def topology(self, run_dir: Path, ssd: Path, remote: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -16,8 +17,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+from io_faults import IoFaults, NoCompiler
 
 from lmpipe.errors import NodeError
 from lmpipe.failpoints import VARIABLE, Control
@@ -31,6 +35,17 @@ from .shape import MIB, Shape
 SSD_ROOM, SHM_ROOM = 72 * MIB, 32 * MIB
 PATIENCE_S = 60.0
 TESTS = Path(__file__).parent.parent
+
+
+@cache
+def _io_faults() -> IoFaults | None:
+    """The library, built once; None where there is no compiler."""
+    directory = tempfile.mkdtemp(prefix="lmpipe-chaos-io-")
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    try:
+        return IoFaults(Path(directory))
+    except NoCompiler:
+        return None
 
 
 class ChaosNode(Node):
@@ -136,6 +151,10 @@ class World:
         self.home = Path(tempfile.mkdtemp(prefix="lmpipe-chaos-"))
         self._control = Control(self.home / "failpoints")
         os.environ[VARIABLE] = str(self.home / "failpoints")
+        self.io = _io_faults() if self.shape.failing_io else None
+        if self.io is not None:
+            self.io.clear()
+            os.environ.update(self.io.environment)
         self._mounts: list[Path] = []
         mounts = mounts and os.geteuid() == 0
         self.shm = self._tmpfs("shm", SHM_ROOM) if mounts else None
@@ -241,12 +260,18 @@ class World:
         """Do something in this storm, in so many seconds or at its end."""
         self._due.append((time.monotonic() + seconds, do))
 
+    def _do(self, mend: Callable[[], None]) -> None:
+        try:
+            mend()
+        except OSError as error:  # another fault was quicker
+            self.record.write("not mended", why=str(error))
+
     def tick(self) -> None:
         """Do what is due; start again what has died."""
         now_s = time.monotonic()
         for item in sorted((item for item in self._due if item[0] <= now_s), key=lambda item: item[0]):
             self._due.remove(item)
-            item[1]()
+            self._do(item[1])
         self._keep_supervisor(now_s)
         for number, engine in enumerate(self.engines):
             if engine is not None and engine.exit is not None:
@@ -302,7 +327,7 @@ class World:
         """End every fault that is under way; from now on nobody is killed."""
         while self._due:
             self._due.sort(key=lambda item: item[0])
-            self._due.pop(0)[1]()
+            self._do(self._due.pop(0)[1])
         self._control.arm()
         self._collect()
         self._control.clear()
@@ -359,5 +384,5 @@ class World:
         for where in self._mounts:
             subprocess.run(["umount", "-l", str(where)], check=True)
         shutil.rmtree(self.home, ignore_errors=True)
-        os.environ.pop(census.MARK, None)
-        os.environ.pop(VARIABLE, None)
+        for name in (census.MARK, VARIABLE, *(self.io.environment if self.io is not None else ())):
+            os.environ.pop(name, None)
