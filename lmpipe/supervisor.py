@@ -89,7 +89,7 @@ class NodeState(msgspec.Struct, frozen=True):
         """The state last published, or None when there is none."""
         try:
             return msgspec.json.decode(path.read_bytes(), type=cls)
-        except (OSError, msgspec.DecodeError):
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return None
 
 

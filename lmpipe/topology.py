@@ -87,7 +87,7 @@ class NodeInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                     f"{path}: version {version}, this lmpipe speaks {NODE_VERSION}; use the same lmpipe on both sides"
                 )
             return msgspec.json.decode(data, type=cls)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise NodeError(f"{path}: {error}") from None
 
     def write(self) -> None:

@@ -38,7 +38,7 @@ class WorkerNote(msgspec.Struct, frozen=True):
         """The note, or None when there is none or it makes no sense."""
         try:
             return msgspec.json.decode(path.read_bytes(), type=cls)
-        except (OSError, msgspec.DecodeError):
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return None
 
     def write(self, path: Path) -> None:
