@@ -70,7 +70,7 @@ class Place:
             1,
             0.0,
             reader_identity(),
-            VERSION,
+            lmpipe=VERSION,
         )
         self.info.write()
         self.publish("ready")
