@@ -50,12 +50,13 @@ def _again(seed: int, plan: Plan) -> str:
 
 
 def _parse() -> argparse.Namespace:
+    plan = Plan()
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description="A node and its engines under faults.")
     parser.add_argument("--seed", type=int, help="of the first world; without: drawn")
     parser.add_argument("--seconds", type=float, help="begin no world after so long; without: one world")
-    parser.add_argument("--rounds", type=int, default=Plan.rounds, help="storms of each world")
-    parser.add_argument("--storm", type=float, default=Plan.storm_s, help="seconds of a storm")
-    parser.add_argument("--rate", type=float, default=Plan.rate, help="faults per second of a storm")
+    parser.add_argument("--rounds", type=int, default=plan.rounds, help="storms of each world")
+    parser.add_argument("--storm", type=float, default=plan.storm_s, help="seconds of a storm")
+    parser.add_argument("--rate", type=float, default=plan.rate, help="faults per second of a storm")
     parser.add_argument("--only", action="append", default=[], choices=sorted(FAULTS), help="this fault; repeatable")
     parser.add_argument("--no-mounts", action="store_true", help="no small file systems, even as root")
     parser.add_argument("--go-on", action="store_true", help="do not stop at the first violation")
