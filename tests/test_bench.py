@@ -23,6 +23,8 @@ EXPECTED = {
     "ssd": {"write, flushed", "cold read"},
     "codecs": {"split, encode", "int4h, decode", "adaptive, ratio", "hits, fp8 in DRAM"},
     "idle": {"private memory, alone", "wake-ups, alone"},
+    "recovery": {"gather killed", "supervisor killed, workers adopted", "everything killed, ready", "chunks lost"},
+    "rebuild": {"SSD, 200 records of 8 MiB, with footers", "DRAM, 0.015625 GiB, 64 slots: 64 rows"},
     "ttft": {"cold, lmpipe attached", "warm from DRAM", "warm from SSD", "warm from the remote tier"},
     "vllm": {"1K, cold, lmpipe attached", "1K, lmpipe, DRAM", "1K, lmpipe, SSD", "mixed, lmpipe"},
 }

@@ -13,6 +13,8 @@ SUMMARIES = {
     "ssd": "writes and cold reads of the SSD tier, against raw O_DIRECT",
     "codecs": "speed and ratio of every codec against memcpy; hits of conversations with each of them in the same DRAM",
     "idle": "private memory and wake-ups of a topology that has nothing to do",
+    "recovery": "from SIGKILL of each process to service again, and what is lost",
+    "rebuild": "the SSD's index from its files, DRAM's from the arena's headers, by what they hold",
     "ttft": "time to first token of the demo's model: without lmpipe, cold with it, warm from each tier",
     "vllm": "the same in real vLLM engines, against vLLM's own prefix cache; a mixed workload with and without lmpipe",
 }
