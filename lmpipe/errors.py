@@ -4,6 +4,11 @@ Expected trouble (a full ring, a store that is down) is no exception: it becomes
 its reason.
 """
 
+import errno
+
+OUT_OF_MEANS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""Of an OSError: what this process lacks; it says nothing of what was to be opened."""
+
 
 class LmpipeError(Exception):
     """Base of every error that lmpipe raises on purpose."""

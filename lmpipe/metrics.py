@@ -35,6 +35,7 @@ STAGE_COUNTERS: dict[str, dict[str, str]] = {
         "refused_ssd_chunks": "Chunks that the SSD tier did not take",
         "refused_remote_chunks": "Chunks that the remote tier did not take",
         "promoted_chunks": "Chunks brought up from below",
+        "asked_again_chunks": "Chunks sent down or asked for once more, because no answer had come",
         "lookups": "Lookups of engines that cannot map the index",
         "load_failed_chunks": "Chunks asked for that did not come",
         "evicted_chunks": "Chunks evicted from DRAM",

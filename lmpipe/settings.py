@@ -237,6 +237,11 @@ class Topology(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return owned.get(stage)
 
     @property
+    def answer_s(self) -> float:
+        """How long an answer between processes that live may take; then it, or the question, is taken for lost."""
+        return 3 * self.watchdog_ms / 1000
+
+    @property
     def tier_names(self) -> tuple[Tier, ...]:
         """The tiers this topology has, fastest first."""
         return tuple(tier for stage in self.stages if (tier := self.tier_of(stage)) is not None)

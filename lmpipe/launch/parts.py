@@ -35,6 +35,9 @@ from lmpipe.tiers.ssd import SsdTier
 from lmpipe.topology import NodeInfo
 from lmpipe.topology import SsdTier as SsdSettings
 
+RING_ANSWERS = 4
+"""A slot of a ring is lent so many times longer than an answer may take: answers are behind all that waits there."""
+
 
 class _Closable(Protocol):
     def close(self) -> None: ...
@@ -80,6 +83,7 @@ class Parts:
             leases=engines.leases,
             max_producers=engines.max_producers,
             copy_threads=topology.copy_threads,
+            answer_s=topology.answer_s,
         )
         index.publish()
         return gather
@@ -88,7 +92,15 @@ class Parts:
         below = [tier for tier in self._topology.tier_names if tier is not Tier.DRAM]
         ring = self._ring("compress")
         return Compress(
-            context, self._choice.below, self._layouts.find, CODECS, self._arena, ring, self._sources, below
+            context,
+            self._choice.below,
+            self._layouts.find,
+            CODECS,
+            self._arena,
+            ring,
+            self._sources,
+            below,
+            RING_ANSWERS * self._topology.answer_s,
         )
 
     def _persist(self, context: Context) -> Stage:
@@ -156,7 +168,8 @@ class Parts:
 
     def _landings(self, stage: str) -> Landings:
         ring = self._ring(stage) if stage in self._topology.rings_needed else None
-        return Landings(self._arena, ring, f"ring.{stage}", self._session.id, self._sessions.alive)
+        lend_s = RING_ANSWERS * self._topology.answer_s
+        return Landings(self._arena, ring, f"ring.{stage}", self._session.id, self._sessions.alive, lend_s)
 
     def _ring(self, stage: str) -> Ring:
         return Ring(self._owned(self._paths.ring(stage)), self._session.id, self._scanner, self._sessions)

@@ -464,6 +464,7 @@ class Producer:
     def _on_ready(self, attachment: Attachment, message: m.Registered) -> None:
         self.admission.configure(attachment.info.topology.admission)
         self._leases.reset(slots_of(message.leases))
+        self._saver.registered_again(attachment.info.topology.answer_s)
 
     def _on_lost(self, reason: str) -> None:
         self._saver.lost(reason)

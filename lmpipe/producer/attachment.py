@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lmpipe import failpoints
+from lmpipe.clock import wall_s
 from lmpipe.codecs import CODECS
 from lmpipe.errors import SegmentError
 from lmpipe.handles import CHUNK, ChunkRecords, Tier
@@ -286,7 +287,7 @@ class Attachment:
 def _usable_run(
     columns: Sequence[Rows], keys: list[bytes], first: int, wanted: Wanted, *, own: bool
 ) -> tuple[ChunkRecords, npt.NDArray[np.uint8]]:
-    now_s = time.time()
+    now_s = wall_s()
     if wanted.shards > 1:
         return run_of_shards(columns, keys, first, wanted, now_s, own=own)
     values: list[bytes] = []

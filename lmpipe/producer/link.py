@@ -114,6 +114,8 @@ class Link:
         """Why gather was lost the last time."""
         self.saves_open: Callable[[], bool] = lambda: False
         """Whether saves wait for an answer; set by who makes them."""
+        self.saves_overdue: Callable[[float], bool] = lambda _: False
+        """Whether one of them, or a lease, has been waited for so many seconds that a message must be lost."""
         self.asked: Callable[[bool], None] = lambda _: None
         """Told of each lookup by message, whether it was answered; set by who counts them."""
         self.heard_s = 0.0
@@ -134,7 +136,7 @@ class Link:
         self._answers_lock = threading.Lock()
         self._changed = threading.Condition()
         self._stop = False
-        self._beat_s = 1.0
+        self._beat_s, self._answer_s = 1.0, math.inf
         self._next_beat_s = 0.0
         self._next_look_s = 0.0
         self._eager_until_s = 0.0
@@ -274,6 +276,8 @@ class Link:
         elif self._client is not None and self.attachment is not None:
             self._client.send("load", m.Ping(session=self.attachment.session.id, sent_ns=time.monotonic_ns()))
             self._unanswered += 1
+            if self.saves_overdue(self._answer_s):  # to enter again is to hear what is lent, and what is not waited for
+                self._carry(self._client, "load", self._hello(self.attachment))
         self._on_beat(self.attachment)
 
     def _attach(self) -> None:
@@ -295,7 +299,7 @@ class Link:
         if old is not None:
             old.retire()  # finds of it may still be loaded: its maps are what they were
             self._former = [former for former in (*self._former, old) if not former.closed]
-        self._beat_s = info.topology.heartbeat_ms / 1000
+        self._beat_s, self._answer_s = info.topology.heartbeat_ms / 1000, info.topology.answer_s
         self._eager_until_s = max(self._eager_until_s, time.monotonic() + self._beat_s)
         self._connect(info)
 

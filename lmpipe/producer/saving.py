@@ -21,6 +21,7 @@ import numpy.typing as npt
 from lmpipe import failpoints, native
 from lmpipe import messages as m
 from lmpipe.bus import Channel
+from lmpipe.clock import wall_s
 from lmpipe.handles import CHUNK, ChunkRecords, Codec, Fidelity, Slot
 from lmpipe.keys import Prompt, namespace_id
 from lmpipe.lifecycle import SlotEvent
@@ -41,7 +42,7 @@ def chunk_records(
     prompt: Prompt, first: int, count: int, wanted: Wanted, ttl_s: int = 0, fidelity: int = Fidelity.EXACT
 ) -> ChunkRecords:
     """Records of chunks [first, first + count) of a prompt as they are saved: raw, nowhere yet."""
-    now_s = int(time.time())
+    now_s = int(wall_s())
     records = np.zeros(count, CHUNK)
     records["key"] = np.ascontiguousarray(prompt.keys[first : first + count]).view("V16").ravel()
     records["anchor"] = np.ascontiguousarray(prompt.anchors(first)[:count]).view("V4").ravel()
@@ -73,6 +74,8 @@ class SaveTicket:
     """Told of every chunk's end, by the name of its counter."""
     used: Callable[[], None] = lambda: None
     """Told at the end if any of it can be found."""
+    heard_s: float = 0.0
+    """When something was last sent or answered; 0: nothing was sent yet."""
     _done: threading.Event = field(default_factory=threading.Event)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _grant: Grant | None = None
@@ -126,6 +129,7 @@ class SaveTicket:
     def _count(self, saved: int, known: int, dropped: int, reason: str) -> None:
         if self._done.is_set():
             return
+        self.heard_s = time.monotonic()
         self.saved += saved
         self.known += known
         if dropped:
@@ -176,7 +180,9 @@ class Saver:
         self._copier = native.Copier(copy_threads)
         self._jobs: queue.Queue[_Job | None] = queue.Queue(QUEUED_SAVES)
         self.tickets: dict[int, SaveTicket] = {}
+        self._starved = False
         link.saves_open = lambda: bool(self.tickets)
+        link.saves_overdue = lambda limit_s: self._starved or bool(self._overdue(limit_s))
         self._thread = threading.Thread(target=self._run, name="lmpipe-save", daemon=True)
         self._thread.start()
 
@@ -210,6 +216,17 @@ class Saver:
         if attachment is not None:
             used = chunk_records(prompt, 0, chunks, self._wanted())
             self._link.post(channel, m.Touch(attachment.session.id, used))
+
+    def _overdue(self, limit_s: float) -> list[SaveTicket]:
+        """Saves of which nothing was heard for so long, though gather answers pings."""
+        before_s = time.monotonic() - limit_s
+        return [ticket for ticket in list(self.tickets.values()) if 0.0 < ticket.heard_s < before_s]
+
+    def registered_again(self, limit_s: float) -> None:
+        """gather has said what is lent; what it has not answered till now it will not answer any more."""
+        self._starved = False
+        for ticket in self._overdue(limit_s):
+            self.finish(ticket, "no answer from gather")
 
     def finish(self, ticket: SaveTicket, reason: str) -> None:
         """End a save that gets no more answers."""
@@ -264,6 +281,7 @@ class Saver:
             return
         failpoints.hit("producer.save.granted")
         message = m.Save(session, ticket.save_id, "pages", job.records[known:], job.page_ids[known:], grant.index)
+        ticket.heard_s = time.monotonic()
         if not self._link.post("save", message):
             self.finish(ticket, "gather busy")
 
@@ -272,6 +290,7 @@ class Saver:
         while at < ticket.chunks and not ticket.done:
             slots = self._leases.take(min(GROUP_CHUNKS, ticket.chunks - at), LEASE_WAIT_S)
             if not slots:
+                self._starved = True  # there is no room, or the word of new leases was lost
                 self.finish(ticket, "no room in time")
                 return
             failpoints.hit("producer.save.leased")
@@ -289,6 +308,7 @@ class Saver:
             at += len(records)
             ticket.stop_reading(last=at == ticket.chunks)
             message = m.Save(attachment.session.id, ticket.save_id, "arena", records, _NO_PAGES, -1)
+            ticket.heard_s = time.monotonic()
             if len(records) and not self._link.post("save", message):
                 ticket.count(dropped=len(records), reason="gather busy")
             elif not ticket.done and job.first + at > len(records):

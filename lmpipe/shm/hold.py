@@ -19,7 +19,7 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from lmpipe.errors import ProtocolViolation, SegmentError
+from lmpipe.errors import OUT_OF_MEANS, ProtocolViolation, SegmentError
 from lmpipe.handles import SessionId
 from lmpipe.lifecycle import SlotState
 from lmpipe.native import HoldTable, Words, fence
@@ -218,7 +218,9 @@ class HoldScanner:
         for session in self._sessions.with_holds() - self._tables.keys() - self._dead:
             try:
                 segment = Segment.attach(self._sessions.holds_path(session), SegmentKind.HOLDS, readonly=True)
-            except SegmentError:
+            except SegmentError as error:
+                if isinstance(error.__cause__, OSError) and error.__cause__.errno in OUT_OF_MEANS:
+                    raise  # it may hold what somebody is about to evict
                 continue  # gone since, or not ready: then it has no holds yet, and the next look finds it
             self._tables[session] = _Table(segment)
 

@@ -59,6 +59,7 @@ class _Sent:
     """As it came: the answer names this."""
     awaited: dict[Tier, int]
     """Answers still to come."""
+    sent_s: float
 
 
 @dataclass(slots=True)
@@ -68,11 +69,12 @@ class _Wanted:
     record: np.void
     load_id: int
     deadline_ns: int
+    asked_s: float
 
 
 class Compress:
     """The stage. `codec_of` a namespace id and `layout_of` a layout id say how to encode; `sources` has the arena and
-    the rings below; `tiers` are those that will answer.
+    the rings below; `tiers` are those that will answer; what is not answered within `answer_s` is not waited for.
     """
 
     name = "compress"
@@ -87,7 +89,9 @@ class Compress:
         ring: Ring,
         sources: Sources,
         tiers: Sequence[Tier],
+        answer_s: float,
     ) -> None:
+        self._answer_s = answer_s
         self._context, self._codecs = context, codecs
         self._codec_of, self._layout_of = codec_of, layout_of
         self._arena, self._ring, self._sources, self._tiers = arena, ring, sources, tuple(tiers)
@@ -99,6 +103,8 @@ class Compress:
         self._wanted: dict[Name, _Wanted] = {}
         self._arrived: deque[tuple[str, np.void, _Wanted]] = deque()
         self._encoding = self._decoding = 0
+        self._writing: set[int] = set()
+        """Places in the arena that are being decoded into."""
         self._said: set[str] = set()
         self._chain = dict(context.chain)
         self._tick_at_s = 0.0
@@ -142,9 +148,7 @@ class Compress:
             case m.Loaded():
                 self._loaded(message)
             case m.LoadFailed():
-                for record in message.chunks:
-                    self._wanted.pop(_name(record), None)
-                self._links.up("load", replace(message, session=self._session))
+                self._load_failed(message)
             case _:
                 self._context.count("unexpected_messages")
 
@@ -230,7 +234,7 @@ class Compress:
             encoded["fidelity"] = max(int(record["fidelity"]), codec.fidelity)
             self._ring.publish(slot, encoded)
             failpoints.hit("compress.encode.published")
-            sent = _Sent(slot, encoded, record, dict.fromkeys(self._tiers, 0))
+            sent = _Sent(slot, encoded, record, dict.fromkeys(self._tiers, 0), self._context.now_s())
             self._sent[slot.place] = sent
             self._by_name[_name(record)] = slot.place
             self._send(sent)
@@ -293,23 +297,36 @@ class Compress:
     def _load(self, message: m.Load) -> None:
         for record in message.chunks:
             if int(record["codec"]) != Codec.RAW:
-                self._wanted[_name(record)] = _Wanted(record, message.load_id, message.deadline_ns)
+                now_s = self._context.now_s()
+                self._wanted[_name(record)] = _Wanted(record, message.load_id, message.deadline_ns, now_s)
         relayed = replace(message, session=self._session)
         if not (self._context.chain and self._context.down("load", relayed)):
             for record in message.chunks:
                 self._wanted.pop(_name(record), None)
             self._fail(message.load_id, "the tiers below are down", message.chunks)
 
+    def _load_failed(self, message: m.LoadFailed) -> None:
+        for record in message.chunks:
+            self._wanted.pop(_name(record), None)
+        # Asked twice, and the first answer is being decoded: gather must not take the slot back meanwhile.
+        chunks = message.chunks[~np.isin(message.chunks["place"], list(self._writing))]
+        if len(chunks):
+            self._links.up("load", replace(message, session=self._session, chunks=chunks))
+
     def _loaded(self, message: m.Loaded) -> None:
         for record in message.chunks:
             wanted = self._wanted.pop(_name(record), None)
-            if wanted is None:
+            if wanted is None or int(wanted.record["place"]) in self._writing:  # asked twice: one answer is enough
                 self._release(message.segment, record)
             else:
                 self._arrived.append((message.segment, record, wanted))
 
     def _decode_next(self, now_s: float) -> None:
         segment, record, wanted = self._arrived.popleft()
+        place = int(wanted.record["place"])
+        if place in self._writing:
+            self._release(segment, record)
+            return
         into, reason = None, ""
         if wanted.deadline_ns and now_s * 1e9 >= wanted.deadline_ns:
             reason = "deadline"
@@ -333,6 +350,7 @@ class Compress:
 
         def ended() -> None:
             self._decoding -= 1
+            self._writing.discard(place)
             reading.release()
             self._release(segment, record)
 
@@ -356,6 +374,7 @@ class Compress:
             self._fail(wanted.load_id, str(error), wanted.record.reshape(1))
 
         self._decoding += 1
+        self._writing.add(place)
         self._context.submit(decode, done, failed, "decode", urgent=True, nbytes=raw_bytes, chunks=1)
 
     def _release(self, segment: str, record: np.void) -> None:
@@ -372,6 +391,7 @@ class Compress:
         self._links.pump()
         if now_s >= self._tick_at_s:
             self._tick_at_s = now_s + TICK_S
+            self._forget_unanswered(now_s)
             self._ring.tick()
             self._context.gauge("ring_used_bytes", self._ring.slots.used_bytes)
             self._context.gauge("ring_capacity_bytes", self._ring.slots.capacity_bytes)
@@ -380,6 +400,15 @@ class Compress:
         while self._saves and self._encoding < ENCODES_AT_ONCE and self._encode_next():
             pass
         return max(self._tick_at_s - now_s, 0.0)
+
+    def _forget_unanswered(self, now_s: float) -> None:
+        """Question or answer was lost, though those below live: gather sends again, or asks again, what it misses."""
+        before_s = now_s - self._answer_s
+        for sent in [sent for sent in self._sent.values() if sent.sent_s < before_s]:
+            self._forget(sent)
+            self._ring.retire(sent.slot)
+        for name in [name for name, wanted in self._wanted.items() if wanted.asked_s < before_s]:
+            del self._wanted[name]
 
     def below_changed(self, chain: dict[str, SessionId]) -> None:
         """Stages below are others, or gone: their answers will not come. gather sends again what it misses."""

@@ -6,6 +6,7 @@ Knows slots and the rule of who may write them. Knows no tier and no message.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -65,10 +66,13 @@ class Landings:
         segment: str,
         session: SessionId,
         alive: Callable[[SessionId], bool],
+        lend_s: float,
     ) -> None:
+        """`lend_s`: how long a ring slot is lent at most: then its reader, or the reader's last word, was lost."""
         self._arena, self._ring, self.segment, self._session = arena, ring, segment, session
-        self._alive = alive
-        self._lent: dict[int, SessionId] = {}
+        self._alive, self._lend_s = alive, lend_s
+        self._lent: dict[int, tuple[SessionId, float]] = {}
+        self._writing: set[int] = set()
 
     @property
     def used_bytes(self) -> int:
@@ -84,12 +88,21 @@ class Landings:
         """Whether this stage is the one to fill the slot: an encoded chunk goes through any stage's ring."""
         return int(record["codec"]) != Codec.RAW or is_leased(self._arena, record, self._session)
 
+    def is_writing(self, record: np.void) -> bool:
+        """Whether the arena slot is being filled at this moment: then who asks again need not be answered twice, and
+        must not hear that it cannot be written, for then it would be taken back.
+        """
+        return int(record["place"]) in self._writing
+
     def open(self, record: np.void) -> Landing | str | None:
         """A destination; None: the ring is full, later; a text: there will be none, and why."""
         if int(record["codec"]) == Codec.RAW:
             into = open_arena(self._arena, record, self._session)
             failpoints.hit("landing.opened")
-            return "stale" if into is None else Landing(record, into, None)
+            if into is None:
+                return "stale"
+            self._writing.add(int(record["place"]))
+            return Landing(record, into, None)
         if self._ring is None:
             return "no ring for encoded chunks"
         if int(record["nbytes"]) > self._ring.slots.capacity_bytes:
@@ -100,16 +113,18 @@ class Landings:
     def close(self, landing: Landing, reader: SessionId) -> tuple[str, np.void] | None:
         """The chunk is complete: the segment and the record to announce. None: the arena slot's life is over."""
         if landing.slot is None or self._ring is None:
+            self._writing.discard(int(landing.record["place"]))
             there = close_arena(self._arena, landing.record)
             failpoints.hit("landing.closed")
             return None if there is None else ("arena", there)
         record = landing.record.copy()
         self._ring.publish(landing.slot, record)
-        self._lent[landing.slot.place] = reader
+        self._lent[landing.slot.place] = reader, time.monotonic()
         return self.segment, record
 
     def fail(self, landing: Landing) -> None:
         """Nothing was read. An arena slot stays as it is: gather takes it back when it hears that the load failed."""
+        self._writing.discard(int(landing.record["place"]))
         if landing.slot is not None and self._ring is not None:
             self._ring.free(landing.slot)
 
@@ -120,12 +135,13 @@ class Landings:
                 self._ring.free(Slot.from_place(place))
 
     def tick(self) -> None:
-        """Take back what was lent to the dead."""
+        """Take back what was lent to the dead, or so long ago that nobody comes for it any more."""
         if self._ring is None:
             return
-        living = {session: self._alive(session) for session in set(self._lent.values())}
-        for place, session in list(self._lent.items()):
-            if not living[session]:
+        living = {session: self._alive(session) for session in {session for session, _ in self._lent.values()}}
+        before_s = time.monotonic() - self._lend_s
+        for place, (session, lent_s) in list(self._lent.items()):
+            if not living[session] or lent_s < before_s:
                 del self._lent[place]
                 self._ring.retire(Slot.from_place(place))
         self._ring.tick()

@@ -52,6 +52,8 @@ class Reads:
         """Queue what `find` has and this stage may write; the rest goes to the stage below, if there is one."""
         rest: list[int] = []
         for at, record in enumerate(load.chunks):
+            if self._landings.is_writing(record):
+                continue  # asked twice: one answer is enough
             stored = find(record) if self._landings.may_write(record) else None
             if stored is None:
                 rest.append(at)
@@ -80,6 +82,9 @@ class Reads:
         """Begin what can begin; when to come again though nothing has happened."""
         while self._queue and self._reading < READS_AT_ONCE:
             wanted = self._queue[0]
+            if self._landings.is_writing(wanted.record):
+                self._queue.popleft()
+                continue
             load = wanted.load
             reason = ""
             if load.deadline_ns and now_s * 1e9 >= load.deadline_ns:

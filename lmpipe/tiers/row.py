@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import struct
-import time
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from lmpipe.clock import wall_s
 from lmpipe.handles import CHUNK, Codec, SessionId
 
 _NUMBERS = struct.Struct("<28xHH8xIIQ4xI8x")
@@ -68,4 +68,4 @@ def encoded_away(record: bytes) -> int | None:
 def has_expired(record: bytes) -> bool:
     """Whether the time that its saver gave a chunk is over: lookups pass it by, so it must not stand in the way."""
     expires_s = _NUMBERS.unpack(record)[5]
-    return expires_s != 0 and expires_s <= time.time()
+    return expires_s != 0 and expires_s <= wall_s()

@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lmpipe import failpoints
-from lmpipe.errors import ForeignVersion, FormatError, NodeError
+from lmpipe.errors import OUT_OF_MEANS, ForeignVersion, FormatError, NodeError
 from lmpipe.handles import BLOCK_BYTES, ChunkRecords, Extent
 from lmpipe.index import IndexWriter, index_key, index_keys, row_records
 from lmpipe.tiers import ChunkGone, Recovered, Stored, TierDown, is_as_good, is_same
@@ -41,8 +41,6 @@ FlushPolicy = Literal["none", "interval", "each"]
 
 MIN_SEGMENTS = 4
 RETRY_S = (1.0, 30.0)
-OUT_OF_MEANS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-"""What this process lacks; it says nothing of what is stored."""
 
 
 class SsdTier:

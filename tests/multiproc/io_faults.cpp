@@ -8,6 +8,8 @@
 //             writing), any
 //     FAULT   a number of errno; short (half of it is done); flip (one bit of what is read is wrong); rate=BYTES a second
 //
+// and "clock any step=SECONDS" sets the wall clock forward, or back.
+//
 // Calls go to the kernel directly, so that nothing of the C library is called by what it calls.
 #include <fcntl.h>
 #include <sys/stat.h>
@@ -34,7 +36,7 @@
 namespace {
 
 enum class Op { read, write, open, sync, make };
-enum class Kind { error, brief, flip, rate };
+enum class Kind { error, brief, flip, rate, step };
 
 struct Rule {
     std::string prefix, op;
@@ -97,6 +99,7 @@ void refresh() {
         fault = fault.substr(0, percent);
         if (fault == "short") rule.kind = Kind::brief;
         else if (fault == "flip") rule.kind = Kind::flip;
+        else if (fault.starts_with("step=")) rule.kind = Kind::step, rule.value = static_cast<uint64_t>(std::stoll(fault.substr(5)));
         else if (fault.starts_with("rate=")) rule.kind = Kind::rate, rule.value = std::stoull(fault.substr(5));
         else rule.kind = Kind::error, rule.value = std::stoull(fault);
         rules.push_back(rule);
@@ -328,6 +331,16 @@ REPLACE_FALLOCATE(posix_fallocate64)
     REPLACE(int, name, int fd, off_t bytes) { return change(file_of(fd), SYS_ftruncate, fd, bytes); }
 REPLACE_TRUNCATE(ftruncate)
 REPLACE_TRUNCATE(ftruncate64)
+
+REPLACE(int, clock_gettime, clockid_t clock, timespec *now) {
+    const int result = static_cast<int>(syscall(SYS_clock_gettime, clock, now));
+    if (result == 0 && clock == CLOCK_REALTIME && on()) {
+        std::lock_guard lock(mutex);
+        for (const Rule &rule : rules)
+            if (rule.kind == Kind::step) now->tv_sec += static_cast<time_t>(static_cast<int64_t>(rule.value));
+    }
+    return result;
+}
 
 REPLACE(int, mkdir, const char *path, mode_t mode) { return change(absolute(path), SYS_mkdirat, AT_FDCWD, path, mode); }
 REPLACE(int, unlink, const char *path) { return change(absolute(path), SYS_unlinkat, AT_FDCWD, path, 0); }

@@ -35,15 +35,15 @@ class IoFaults:
 
     def set(self, *rules: str) -> None:
         """These rules, and no others: `PREFIX OP FAULT[%PROBABILITY]`, where FAULT is an errno by its name, "short",
-        "flip" or "rate=BYTES". Raises ValueError for one that is none.
+        "flip" or "rate=BYTES"; or `clock any step=SECONDS`. Raises ValueError for one that is none.
         """
         lines: list[str] = []
         for rule in rules:
             prefix, operation, fault = rule.split()
             name, percent, chance = fault.partition("%")
-            if operation not in OPERATIONS or not prefix.startswith("/"):
+            if operation not in OPERATIONS or not (prefix.startswith("/") or prefix == "clock"):
                 raise ValueError(f'"{rule}": PREFIX is absolute, OP one of {", ".join(OPERATIONS)}')
-            if name not in ("short", "flip") and not name.startswith("rate="):
+            if name not in ("short", "flip") and not name.startswith(("rate=", "step=")):
                 name = str(getattr(errno, name))
             lines.append(f"{prefix} {operation} {name}{percent}{chance}\n")
         fresh = self.rules.with_suffix(".new")

@@ -6,6 +6,7 @@ The test plays gather: it leases, fills and commits arena slots, and hears what 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import secrets
 import shutil
@@ -169,12 +170,12 @@ class Chain:
         tables = {"arena": self.arena, **{f"ring.{key}": ring for key, ring in self.rings.items()}}
         sources = Sources(tables, holds)
         ring = Ring(self.rings[name], session.id, scanner, self.sessions) if name in self.rings else None
-        landings = Landings(self.arena, ring, f"ring.{name}", session.id, self.sessions.alive)
+        landings = Landings(self.arena, ring, f"ring.{name}", session.id, self.sessions.alive, math.inf)
         if name == "compress":
             assert ring is not None
             tiers = [tier for tier, stage in ((Tier.SSD, "persist"), (Tier.REMOTE, "replicate")) if stage in self.names]
             seat.stage = Compress(
-                seat, self._codec_of, lambda _: self._layout, CODECS, self.arena, ring, sources, tiers
+                seat, self._codec_of, lambda _: self._layout, CODECS, self.arena, ring, sources, tiers, math.inf
             )
         elif name == "persist":
             index = IndexWriter(self.run_dir, Tier.SSD, MIB, self.node)

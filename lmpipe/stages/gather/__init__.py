@@ -48,6 +48,8 @@ class _Recall:
     peer: Peer
     ref: int
     removed: int
+    seen_s: float = 0.0
+    """When the sweep saw it first."""
 
 
 class Gather:
@@ -73,8 +75,10 @@ class Gather:
         leases: int,
         max_producers: int,
         copy_threads: int,
+        answer_s: float,
     ) -> None:
         self._context, self._dram, self._holds = context, dram, holds
+        self._answer_s = answer_s
         self._chunk_tokens = chunk_tokens
         self._bits = sum(PENDING[tier] for tier in below)
         self._producers = Producers(dram, sessions.alive, max_producers, leases, pages, tiers, coding.layouts)
@@ -348,6 +352,28 @@ class Gather:
         if len(complete):
             self._loaded(complete)
 
+    def _ask_again(self) -> None:
+        """A message may be lost though all who live go on living."""
+        now_s = self._context.now_s()
+        self._loads.end_former()
+        sent = self._outflow.resend(now_s, self._answer_s)
+        again, complete = self._loads.overdue(now_s, self._answer_s)
+        if len(complete):
+            self._loaded(complete)
+        if len(again):
+            self._next_id += 1
+            self._context.down("load", m.Load(self._session, self._next_id, again, "arena", 0))
+        self._context.count("asked_again_chunks", sent + len(again) + len(complete))
+        for number, recall in list(self._recalls.items()):
+            recall.seen_s = recall.seen_s or now_s
+            if now_s - recall.seen_s > self._answer_s:
+                del self._recalls[number]
+                self._end_recall(number, recall, "no answer from below")
+
+    def _end_recall(self, number: int, recall: _Recall, reason: str) -> None:
+        self._loads.end_recall(number)
+        self._context.reply(recall.peer, m.Refused(self._session, "Invalidate", recall.ref, reason))
+
     def _tell_evicted(self, tier: Tier, chunks: ChunkRecords) -> None:
         for engine in self._producers:
             self._context.reply(engine.peer, m.Evicted(self._session, tier, chunks))
@@ -361,6 +387,7 @@ class Gather:
             self._saves.lend(engine)  # it has nothing to send that would ask for leases if it ran out of them
         self._holds.refresh()
         self._bury_flights()
+        self._ask_again()
         self._dram.tick()
         self._recoder.retry()
         arena = self._dram.arena
@@ -376,6 +403,8 @@ class Gather:
         """The sessions below are others now, or none: what was sent to the old ones is sent again, what they were to
         load fails.
         """
+        for session in chain.values():
+            self._loads.adopt(self._producers.leases_of(session))
         self._end_stranded()
         self._bury_flights()
         self._parked.heard(chain)
@@ -385,10 +414,7 @@ class Gather:
             return  # who got the recalls is there still, and tells those below it that are new
         self._nearest = nearest
         for number, recall in self._recalls.items():
-            self._loads.end_recall(number)
-            self._context.reply(
-                recall.peer, m.Refused(self._session, "Invalidate", recall.ref, "a tier below went away")
-            )
+            self._end_recall(number, recall, "a tier below went away")
         self._recalls.clear()
 
     def accepts_saves(self) -> bool:

@@ -53,6 +53,10 @@ class Flight:
     tier: Tier
     route: Route
     fidelity: int
+    record: bytes
+    """As it was asked for from below."""
+    seen_s: float = 0.0
+    """When `overdue` saw it first."""
     waiters: list[Waiter] = field(default_factory=list[Waiter])
     unwanted: bool = False
     """Invalidated on the way: it is freed when it lands."""
@@ -89,6 +93,8 @@ class Loads:
         self._flights: dict[Name, Flight] = {}
         self._waiters: list[Waiter] = []
         self._recalls: dict[int, tuple[set[bytes] | None, int]] = {}
+        self._former: set[Slot] = set()
+        """Leased by a former gather to stages that live; nobody here waits for them."""
 
     def __len__(self) -> int:
         return len(self._flights)
@@ -143,7 +149,7 @@ class Loads:
         record["place"] = slot.place
         asked.down.append(record.tobytes())
         route = tuple(chain.items())[: list(chain).index(WRITERS[tier]) + 1]
-        flight = self._flights[name] = Flight(slot, owner, tier, route, int(record["fidelity"]))
+        flight = self._flights[name] = Flight(slot, owner, tier, route, int(record["fidelity"]), record.tobytes())
         return flight
 
     def _living(self, chain: Mapping[str, SessionId]) -> dict[str, SessionId]:
@@ -182,6 +188,9 @@ class Loads:
         """The writer failed (and so returned the lease) or is dead: free the slot. Returns who waited, as `settle`."""
         flight = self._flights.get(name)
         if flight is None or (place is not None and flight.slot.place != place):
+            if place is not None and (slot := Slot.from_place(place)) in self._former:
+                self._former.discard(slot)
+                self._dram.arena.free(slot)
             return []
         if self._dram.arena.state(flight.slot.index)[1] in LEASED_STATES:
             self._dram.arena.free(flight.slot)
@@ -233,6 +242,39 @@ class Loads:
             elif arena.state(flight.slot.index) == (flight.slot.generation, SlotState.READY):
                 complete.append(arena.record(flight.slot.index).tobytes())
         return taken, joined(complete)
+
+    def overdue(self, now_s: float, limit_s: float) -> tuple[ChunkRecords, ChunkRecords]:
+        """Flights of which nothing was heard for so long that question or answer must be lost: the records to ask for
+        again, and those of slots that are complete. Who writes a slot at this moment lets a second question pass.
+        """
+        again: list[bytes] = []
+        complete: list[bytes] = []
+        for flight in self._flights.values():
+            flight.seen_s = flight.seen_s or now_s
+            if now_s - flight.seen_s <= limit_s:
+                continue
+            flight.seen_s = now_s
+            if self._dram.arena.state(flight.slot.index) == (flight.slot.generation, SlotState.READY):
+                complete.append(self._dram.arena.record(flight.slot.index).tobytes())
+            else:
+                again.append(flight.record)
+        return joined(again), joined(complete)
+
+    def adopt(self, leases: set[int]) -> None:
+        """Take over what a former gather had leased for loads."""
+        self._former.update(Slot(index, self._dram.arena.state(index)[0]) for index in leases)
+
+    def end_former(self) -> None:
+        """Take back what was not opened, what is complete (nobody here knows who wanted it), and what the dead had."""
+        arena = self._dram.arena
+        for slot in list(self._former):
+            generation, state = arena.state(slot.index)
+            over = generation != slot.generation or arena.take_back(slot)
+            if not over and (state is SlotState.READY or not self._alive(arena.owner(slot.index))):
+                arena.free(slot)
+                over = True
+            if over:
+                self._former.discard(slot)
 
     def orphans(self) -> list[Name]:
         """Flights whose writer is dead."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -22,13 +23,22 @@ Name = tuple[bytes, int]
 """Index key and shard of a chunk."""
 
 
+@dataclass(slots=True)
+class _Sent:
+    bits: int
+    """Of the tiers that have still to answer."""
+    saver: SessionId
+    seen_s: float = 0.0
+    """When `resend` saw it first."""
+
+
 class Outflow:
     """`send` hands records to the stage below; False: it takes no more now."""
 
     def __init__(self, dram: DramTier, send: Callable[[ChunkRecords], bool]) -> None:
         self._dram, self._send = dram, send
         self._backlog: deque[Name] = deque()
-        self._sent: dict[Name, tuple[int, SessionId]] = {}
+        self._sent: dict[Name, _Sent] = {}
 
     @property
     def waiting(self) -> int:
@@ -59,7 +69,7 @@ class Outflow:
             if not self._send(np.frombuffer(b"".join(group), CHUNK)):
                 self._backlog.extendleft(name for name, _, _ in reversed(taken))
                 return moved
-            self._sent.update({name: (bits, saver) for name, bits, saver in taken})
+            self._sent.update({name: _Sent(bits, saver) for name, bits, saver in taken})
             moved = True
             failpoints.hit("gather.outflow.sent")
         return moved
@@ -69,14 +79,27 @@ class Outflow:
         tier.
         """
         self._dram.answered(name[0], name[1], place, bit)
-        bits, saver = self._sent.get(name, (0, SessionId(0)))
-        if not bits & bit:
+        sent = self._sent.get(name)
+        if sent is None or not sent.bits & bit:
             return None
-        if bits & ~bit:
-            self._sent[name] = (bits & ~bit, saver)
-        else:
+        sent.bits &= ~bit
+        if not sent.bits:
             del self._sent[name]
-        return saver
+        return sent.saver
+
+    def resend(self, now_s: float, limit_s: float) -> int:
+        """Send again what no tier has answered for so long that question or answer must be lost; how much that is. Who
+        has a chunk already says so, and who has it in his queue finds it there twice.
+        """
+        late: list[Name] = []
+        for name, sent in self._sent.items():
+            sent.seen_s = sent.seen_s or now_s
+            if now_s - sent.seen_s > limit_s:
+                late.append(name)
+        for name in late:
+            del self._sent[name]
+        self._backlog.extendleft(reversed(late))
+        return len(late)
 
     def restart(self) -> None:
         """The stage below is another one now: everything unanswered goes again."""

@@ -99,6 +99,10 @@ class Producers:
         """Take over the leases that a former gather granted."""
         self._orphans = {session: set(slots) for session, slots in leased.items()}
 
+    def leases_of(self, stage: SessionId) -> set[int]:
+        """Leases that a former gather granted to a stage, for loads; asked for once."""
+        return self._orphans.pop(stage, set[int]())
+
     def register(self, hello: m.Register, peer: Peer) -> Engine:
         """Enter an engine, or enter it again.
 

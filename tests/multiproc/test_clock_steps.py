@@ -1,0 +1,57 @@
+"""The machine's clock is set, forward and back, while a node runs: TTLs end and stay ended, deadlines know no clock."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from io_faults import IoFaults, NoCompiler
+from rig import CALM, EngineProcess
+
+from lmpipe.testing import Node
+
+CHUNKS = 4
+TTL_S, HOUR_S = 600, 3600
+
+
+@pytest.fixture
+def faults(tmp_path_factory: pytest.TempPathFactory) -> Iterator[IoFaults]:
+    """Every process that is started from here on has them."""
+    try:
+        faults = IoFaults(tmp_path_factory.mktemp("faults"))
+    except NoCompiler as error:
+        pytest.skip(str(error))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in faults.environment.items():
+            patch.setenv(name, value)
+        yield faults
+
+
+def test_a_clock_that_is_set_ends_ttls_and_nothing_else(faults: IoFaults) -> None:
+    with (
+        Node(CALM) as node,
+        EngineProcess(node, tenant="ttl", ttl_s=TTL_S) as engine,
+        EngineProcess(node, tenant="ever") as other,
+    ):
+        for each in (engine, other):
+            assert each.ask("save", seed=1, chunks=CHUNKS)["saved"] == CHUNKS
+            assert each.ask("load", seed=1, chunks=CHUNKS)["chunks"] == CHUNKS
+        faults.set(f"clock any step={HOUR_S}")
+        assert engine.ask("found", seed=1, chunks=CHUNKS) == 0, "it is over"
+        assert engine.ask("save", seed=1, chunks=CHUNKS)["saved"] == CHUNKS, "so it is not known any more"
+        assert engine.ask("load", seed=1, chunks=CHUNKS)["chunks"] == CHUNKS
+        faults.set(f"clock any step={-HOUR_S}")
+        assert engine.ask("load", seed=1, chunks=CHUNKS)["chunks"] == CHUNKS
+        assert engine.ask("save", seed=2, chunks=CHUNKS)["saved"] == CHUNKS
+        assert engine.ask("load", seed=2, chunks=CHUNKS)["chunks"] == CHUNKS
+        faults.set(f"clock any step={2 * HOUR_S}")
+        assert engine.ask("found", seed=1, chunks=CHUNKS) == engine.ask("found", seed=2, chunks=CHUNKS) == 0
+        faults.clear()
+        assert engine.ask("found", seed=1, chunks=CHUNKS) == 0, "what was over stays over"
+        for step_s in (HOUR_S, -HOUR_S, 0):
+            faults.set(f"clock any step={step_s}")
+            done = other.ask("churn", seed=step_s, prompts=10, chunks=CHUNKS, seconds=0.3)
+            assert done["saved"] + done["known"] and not done["dropped"]
+        assert other.ask("load", seed=1, chunks=CHUNKS)["chunks"] == CHUNKS
+        assert node.status().state == "ready"
+        assert [process.restarts for process in node.status().processes] == [0] * len(node.status().processes)
