@@ -53,11 +53,14 @@ def saved(engine: Engine, prompt: list[int], tier: str, node: Node) -> None:
     engine.reset_prefix_cache()
 
 
+@pytest.mark.parametrize("company", [False, True], ids=["alone", "in company"])
 @pytest.mark.parametrize("come", [0, 1, 3, "raise"])
 def test_a_load_that_fails(
-    whole: Engine, node: Node, plain: EngineProcess, monkeypatch: pytest.MonkeyPatch, come: int | str
+    whole: Engine, node: Node, plain: EngineProcess, monkeypatch: pytest.MonkeyPatch, come: int | str, company: bool
 ) -> None:
+    """Alone it is made within the step that computes on it, in company beside the steps."""
     prompt = tokens(4 * CHUNK + 5)
+    longer, other = prompt + tokens(2 * CHUNK), [tokens(CHUNK)] if company else []
     saved(whole, prompt, "dram", node)
     worker = producers(whole)[1]
     load = worker.load
@@ -73,8 +76,20 @@ def test_a_load_that_fails(
         found.release()
         return LoadResult(int(come) * CHUNK, int(come), 0, {}, "injected", 0.0)
 
-    monkeypatch.setattr(worker, "load", fail)
-    assert ask(whole, [prompt])[0] == plain.generate([prompt], 8)
+    with monkeypatch.context() as failing:
+        failing.setattr(worker, "load", fail)
+        found, _ = ask(whole, [longer, *other])
+    assert found == plain.generate([longer, *other], 8)
+
+    # Nothing that was computed on it is left, neither saved nor in the engine's own blocks.
+    again = longer + tokens(CHUNK)
+    expected = plain.generate([again], 8)
+    assert ask(whole, [again])[0] == expected
+    settled(whole, "dram", prompt=longer)
+    whole.reset_prefix_cache()
+    answer, (cached,) = ask(whole, [again])
+    assert answer == expected
+    assert cached >= len(longer) // CHUNK * CHUNK
 
 
 def test_gather_is_stopped_in_a_load(whole: Engine, node: Node, plain: EngineProcess) -> None:

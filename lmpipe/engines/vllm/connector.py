@@ -95,10 +95,11 @@ class LMPipeConnector(KVConnectorBase_V1, SupportsHMA):
         self._on_worker.begin(kv_connector_metadata)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Nothing: loads began with the step (`handle_preemptions`)."""
+        """The loads that this step computes on; all others began with the step (`handle_preemptions`)."""
+        self._on_worker.load(self._orders)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Nothing: a request is scheduled when its load is through."""
+        """Nothing: loads are through before the forward that computes on them."""
 
     def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
         """Nothing: chunks are saved whole, after the forward."""
@@ -131,8 +132,7 @@ class LMPipeConnector(KVConnectorBase_V1, SupportsHMA):
         self._on_scheduler.arrived(request)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
-        tokens = self._on_scheduler.matched(request, num_computed_tokens)
-        return tokens, tokens > 0
+        return self._on_scheduler.matched(request, num_computed_tokens)
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         self._on_scheduler.allocated(request, blocks.get_block_ids(), num_external_tokens)

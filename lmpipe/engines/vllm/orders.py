@@ -60,6 +60,8 @@ class LoadOrder:
     first: int
     blocks: tuple[BlockIds, ...]
     exact: bool
+    in_step: bool
+    """The forward of this very step computes on it; otherwise the request is scheduled when it is through."""
 
 
 @dataclass(slots=True)
@@ -90,6 +92,7 @@ class LoadReport:
     request: str
     wanted_chunks: int
     result: LoadResult
+    in_step: bool
 
     @property
     def failed(self) -> bool:

@@ -44,6 +44,8 @@ class RequestState:
     found: Found | None = None
     computed: int = 0
     """Tokens that the engine had when `found` was looked up."""
+    in_step: bool = False
+    """Its load is made within the step that first computes it."""
     failed: bool = False
     """A load of it failed: the rest is computed, not tried again."""
     unsaveable: bool = False

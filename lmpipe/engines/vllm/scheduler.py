@@ -76,9 +76,15 @@ class Scheduler:
         self._pool: BlockPool | None = None
         self._block_tokens: tuple[int, ...] = ()
         self._windowed: tuple[bool, ...] = ()
+        self._in_step = self._ranks == 1 and not config.scheduler_config.async_scheduling
+        """Whether a step may compute on a load of its own. With asynchronous scheduling vLLM would keep the token of
+        the next step, which began before the failure was known.
+        """
         self._states: dict[str, RequestState] = {}
         self._held: dict[str, Found] = {}
         """Loads under way."""
+        self._unproven: dict[str, list[int]] = {}
+        """The blocks of requests in whose step a load is made: what is computed there may stand on one that fails."""
         self._loads: list[LoadOrder] = []
         self._open: dict[int, _Open] = {}
         self._next_order = 1
@@ -97,6 +103,7 @@ class Scheduler:
         """Begin, with what the workers have registered."""
         self._block_tokens = tuple(layout.page_tokens for layout in hello.layouts)
         self._windowed = hello.windowed
+        self._in_step = self._in_step and self._windowed == (False,)  # elsewhere failed blocks cannot be named
         self._producer = Producer(
             self._settings.run_dir,
             hello.layouts[0],
@@ -137,24 +144,31 @@ class Scheduler:
         if self._loads_wanted and not request.skip_reading_prefix_cache:
             producer.prefetch(prompt, exact=state.exact)
 
-    def matched(self, request: Request, computed: int) -> int:
-        """How many tokens after the `computed` ones can be loaded. Asked again for the same request, it looks again."""
+    def matched(self, request: Request, computed: int) -> tuple[int, bool]:
+        """How many tokens after the `computed` ones can be loaded, and whether beside the engine's steps, after which
+        the request is scheduled. Asked again for the same request, it looks again.
+
+        A request that is alone, with all of it in DRAM, is loaded within its first step: one step less, and nobody
+        waits for the copy who would not wait for it anyway.
+        """
         state, producer = self._states.get(request.request_id), self._producer
         if state is None or producer is None:
-            return 0
+            return 0, False
         state.release()
         state.fidelity = self._least if computed and not state.apart else Fidelity.EXACT
         if not self._loads_wanted or state.failed or request.skip_reading_prefix_cache:
-            return 0
+            return 0, False
         prompt = state.keyed(producer)
         first = computed // prompt.chunk_tokens
         found = producer.lookup(prompt, first_chunk=first, exact=state.exact)
         tokens = first * prompt.chunk_tokens + found.tokens - computed
         if found.chunks == 0 or tokens <= 0:
             found.release()
-            return 0
+            return 0, False
         state.found, state.computed = found, computed
-        return tokens
+        alone, in_dram = len(self._states) == 1, not found.tiers.any()
+        state.in_step = self._in_step and alone and in_dram and computed + tokens < request.num_tokens
+        return tokens, not state.in_step
 
     def allocated(self, request: Request, block_ids: tuple[Sequence[int], ...], tokens: int) -> None:
         """Blocks are there for `tokens` tokens to be loaded into."""
@@ -171,7 +185,7 @@ class Scheduler:
             for ids, size in zip(block_ids, self._block_tokens, strict=True)
         )
         keys = state.prompt.keys[:last].copy()
-        self._loads.append(LoadOrder(request.request_id, keys, first, blocks, state.exact))
+        self._loads.append(LoadOrder(request.request_id, keys, first, blocks, state.exact, state.in_step))
         self._lost(state, state.found.fidelity)
         self._held[request.request_id], state.found = state.found, None
 
@@ -240,8 +254,12 @@ class Scheduler:
             # Tokens beyond num_tokens are drafts, or not known yet: their KV may change.
             known = min(computed + scheduled, request.num_tokens)
             chunk = state.prompt.chunk_tokens if state.prompt is not None else producer.chunk_tokens
-            if known // chunk > state.ordered and output.kv_connector_block_state is not None:
+            in_step = state.in_step and request_id in self._held
+            if (in_step or known // chunk > state.ordered) and output.kv_connector_block_state is not None:
                 block_ids = output.kv_connector_block_state.get_block_ids(request_id)
+                if in_step and block_ids is not None:
+                    self._unproven[request_id] = list(block_ids[0])
+                    continue
                 order = self._order(producer, state, known, block_ids) if block_ids is not None else None
                 if order is not None:
                     orders.saves.append(order)
@@ -318,9 +336,7 @@ class Scheduler:
         """What the workers say after a step."""
         reports = output.kv_connector_worker_meta
         for request_id in output.finished_recving or ():
-            found = self._held.pop(request_id, None)
-            if found is not None:
-                found.release()
+            self._let_go(request_id)
         if not isinstance(reports, Reports) or self._producer is None:
             return
         for load in reports.loads:
@@ -340,10 +356,20 @@ class Scheduler:
         if reports.prefill[0]:
             self._producer.admission.observe_prefill(*reports.prefill)
 
+    def _let_go(self, request_id: str) -> None:
+        found = self._held.pop(request_id, None)
+        if found is not None:
+            found.release()
+
     def _loaded(self, load: LoadReport, producer: Producer) -> None:
         producer.admission.observe_load(load.result)
         state = self._states.get(load.request)
         self._lost(state, load.result.fidelity)
+        if load.in_step:
+            self._let_go(load.request)
+            blocks = self._unproven.pop(load.request, [])
+            if load.failed and self._pool is not None:  # vLLM counts them as computed, and would share them
+                self._pool.evict_blocks(set(blocks))
         if state is not None and load.failed:
             state.failed = True
             log.info("%d chunks of a request are computed: %s", load.wanted_chunks, load.result.reason)

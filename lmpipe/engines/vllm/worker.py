@@ -2,7 +2,7 @@
 
 With pages in shared memory a save is one message: gather copies the pages, under a grant that is revoked before they
 can change. Loads start before the step's forward and run beside it; nothing of the engine waits for them but an engine
-that has nothing else to do.
+that has nothing else to do: what such an engine finds in DRAM it copies within the step that computes on it.
 """
 
 from __future__ import annotations
@@ -87,6 +87,7 @@ class Worker:
         self._shared = False
         """Whether gather maps the pages and copies them for saves."""
         self._loads = LoadThreads(LOADS_AT_ONCE)
+        self._in_step: list[tuple[LoadOrder, LoadReport]] = []
         self._saves: dict[int, _Save] = {}
         self._delayed: dict[str, float] = {}
         """Finished requests whose blocks wait for their saves, and until when."""
@@ -181,7 +182,15 @@ class Worker:
             for group in self._groups:
                 group.producer.renew(orders.weights_epoch)
         for load in orders.loads:
-            self._loads.submit(load, partial(self._load, orders.root, orders.chunk_tokens, load))
+            if not load.in_step:
+                self._loads.submit(load, partial(self._load, orders.root, orders.chunk_tokens, load))
+
+    def load(self, orders: Orders) -> None:
+        """Before the forward, after vLLM has cleared its pages: what the forward computes on, from held slots."""
+        for load in orders.loads:
+            if load.in_step:
+                self._in_step.append((load, self._load(orders.root, orders.chunk_tokens, load)))
+                self._step_started_s = time.monotonic()
 
     def end(self, orders: Orders) -> None:
         """After the forward: its pages hold what the orders say."""
@@ -195,7 +204,8 @@ class Worker:
     def results(self, orders: Orders) -> KVConnectorTransferResults:
         """Which loads and which saves of finished requests are through: each is named once."""
         results = KVConnectorTransferResults()
-        for order, report in self._loads.take(0.0 if orders.tokens else IDLE_WAIT_S):
+        through, self._in_step = self._in_step, []
+        for order, report in through + self._loads.take(0.0 if orders.tokens else IDLE_WAIT_S):
             self._landed(order, report, results)
         self._settle()
         waiting = {save.request for save in self._saves.values()}
@@ -223,7 +233,7 @@ class Worker:
     # Loads.
 
     def _load(self, root: bytes, chunk_tokens: int, order: LoadOrder) -> LoadReport:
-        """On a thread of the pool. Whatever goes wrong, the blocks are reported as not loaded."""
+        """On a thread of the pool, or in the step. Whatever goes wrong, the blocks are reported as not loaded."""
         started_s, wanted = time.monotonic(), len(order.keys) - order.first
         result = LoadResult(0, 0, 0, {}, "", 0.0)
         try:
@@ -238,11 +248,12 @@ class Worker:
                 result = replace(result, reason="evicted before it was copied", seconds=0.0)
         except Exception:
             log.critical("a bug: this load is given up, its tokens are computed", exc_info=True)
-        return LoadReport(order.request, wanted, result)
+        return LoadReport(order.request, wanted, result, order.in_step)
 
     def _landed(self, order: LoadOrder, report: LoadReport, results: KVConnectorTransferResults) -> None:
         self._reports.loads.append(report)
-        results.finished_recving.add(order.request)
+        if not order.in_step:
+            results.finished_recving.add(order.request)
         self.tally.loaded(report.result, report.wanted_chunks)
         if not report.failed:
             return
