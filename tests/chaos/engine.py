@@ -25,7 +25,7 @@ from lmpipe import messages as m
 from lmpipe.keys import Prompt
 from lmpipe.producer import Found, LoadResult, SaveTicket
 
-CHURN, VAULT, CUT, GHOST = 0, 1_000_000, 2_000_000, 3_000_000
+CHURN, VAULT, CUT, GHOST = 0, 1 << 40, 2 << 40, 3 << 40
 """First seeds of prompts: saved and invalidated by all; saved once; saved and cancelled; never saved."""
 PROMPTS, CHUNKS = 16, 8
 FLYING = 5
@@ -56,8 +56,8 @@ class Troubled(Engine):
         self._tell = tell
         self._vault: dict[bytes, tuple[int, int, int]] = {}
         super().__init__(run_dir, wait_s=0.0, tenant="chaos", chunk_tokens=CHUNK_TOKENS, **options)
-        self._next_vault = VAULT + number * 100_000
-        self._next_cut = CUT + number * 100_000
+        self._first_vault = self._next_vault = VAULT + (number << 20)
+        self._next_cut = CUT + (number << 20)
         self._flying: list[Flying] = []
         self._held: list[tuple[Prompt, Found]] = []
         self._turns = 0
@@ -153,9 +153,9 @@ class Troubled(Engine):
             self.read(prompt, draw.choice(DEADLINES_MS))
 
     def _read(self, draw: random.Random) -> None:
-        vault = draw.random() < 0.3 and self._next_vault % 100_000
-        own = self._next_vault - draw.randrange(1, 1 + min(self._next_vault % 100_000 or 1, 20))
-        self.read(self.prompt(own, CHUNKS) if vault else self._some(draw), draw.choice(DEADLINES_MS))
+        own = range(max(self._first_vault, self._next_vault - 20), self._next_vault)
+        vault = draw.random() < 0.3 and own
+        self.read(self.prompt(draw.choice(own), CHUNKS) if vault else self._some(draw), draw.choice(DEADLINES_MS))
 
     def _hold(self, draw: random.Random) -> None:
         """Look up now, load or let go much later."""
