@@ -301,7 +301,7 @@ class Saver:
                 records = self._fill(attachment, job, pool, at, slots)
             except BaseException:
                 ticket.stop_reading(last=False)
-                self._leases.done(slots)
+                # They stay in use for the pool: gather may name them as unused before it reads this.
                 places = np.array([slot.place for slot in slots], np.uint64)
                 self._link.post("save", m.Release(attachment.session.id, "arena", places))
                 raise

@@ -12,6 +12,7 @@ import pytest
 from rig import BIG, WAIT_S, Engine, assert_nothing_leaks, until
 
 from lmpipe.engines.paged import PagedEngine
+from lmpipe.handles import Slot
 from lmpipe.testing import Node
 
 Make = Callable[..., Engine]
@@ -166,6 +167,20 @@ def test_a_pool_of_another_layout_is_refused_before_it_is_copied(make_engine: Ma
         engine.producer.save(prompt, big.pool, np.zeros((1, 4), np.int32))
     with pytest.raises(ValueError, match="no pool"):
         engine.producer.save(prompt, None, np.zeros((1, 4), np.int32))
+
+
+def test_a_lease_that_goes_back_is_not_taken_again(make_engine: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gather may say once more that it is lent, in a message that overtakes the one that gives it back."""
+    engine = make_engine()
+    leases, taken = engine.producer._leases, list[Slot]()
+    take = leases.take
+    monkeypatch.setattr(leases, "take", lambda *wanted: taken.extend(slots := take(*wanted)) or slots)
+    monkeypatch.setattr(engine.producer._saver, "_copier", None)
+    assert engine.save(engine.prompt(90, 2)).dropped == {"a bug in lmpipe": 2}
+    gone = set(taken)
+    leases.reset(taken)
+    leases.give(taken)
+    assert not gone & set(take(64, 0.0))
 
 
 def test_a_bug_costs_the_save_it_hits_and_no_other(make_engine: Make, node: Node) -> None:
