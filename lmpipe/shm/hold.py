@@ -170,6 +170,22 @@ class Holds:
             del self._table, self._grants
 
 
+class _AnySlot(frozenset[int]):
+    """What may be held when it cannot be seen: everything."""
+
+    def __contains__(self, place: object) -> bool:
+        return True
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __or__(self, other: object) -> _AnySlot:
+        return self
+
+
+ANY_SLOT = _AnySlot()
+
+
 class _Table:
     """A session's hold segment, read by another process."""
 
@@ -208,30 +224,42 @@ class HoldScanner:
 
     def refresh(self) -> None:
         """Map the tables of new sessions, forget those of the dead. The holds of a dead session count until then."""
-        self._map_new()
+        if not self._map_new():
+            return
         dead = {session for session in self._tables if not self._sessions.alive(session)}
         for session in dead:
             self._tables.pop(session).close()
         self._dead = (self._dead | dead) & self._sessions.with_holds()
 
-    def _map_new(self) -> None:
-        for session in self._sessions.with_holds() - self._tables.keys() - self._dead:
-            try:
-                segment = Segment.attach(self._sessions.holds_path(session), SegmentKind.HOLDS, readonly=True)
-            except SegmentError as error:
-                if isinstance(error.__cause__, OSError) and error.__cause__.errno in OUT_OF_MEANS:
-                    raise  # it may hold what somebody is about to evict
-                continue  # gone since, or not ready: then it has no holds yet, and the next look finds it
-            self._tables[session] = _Table(segment)
+    def _map_new(self) -> bool:
+        """False: there is no descriptor or no memory to look at somebody's holds."""
+        try:
+            for session in self._sessions.with_holds() - self._tables.keys() - self._dead:
+                self._map(session)
+        except OSError as error:
+            if error.errno not in OUT_OF_MEANS:
+                raise
+            return False
+        return True
+
+    def _map(self, session: SessionId) -> None:
+        try:
+            segment = Segment.attach(self._sessions.holds_path(session), SegmentKind.HOLDS, readonly=True)
+        except SegmentError as error:
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno in OUT_OF_MEANS:
+                raise error.__cause__ from None
+            return  # gone since, or not ready: then it has no holds yet, and the next look finds it
+        self._tables[session] = _Table(segment)
 
     def held(self) -> frozenset[int]:
         """Hold words (`Slot.place`) of all sessions, as of now: to be asked after the slots in question were doomed.
 
         The directory is listed each time. A session that comes after the listing reads the doom when it takes its
-        first hold.
+        first hold. As long as somebody's holds cannot be looked at, any slot may be held.
         """
         fence()
-        self._map_new()
+        if not self._map_new():
+            return ANY_SLOT
         found = [table.held() for table in self._tables.values()]
         return frozenset(np.concatenate(found).tolist()) if found else frozenset()
 

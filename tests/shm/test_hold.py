@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import random
+import resource
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -178,6 +180,40 @@ def test_a_hold_segment_that_is_too_short(run_dir: Path, scanner: HoldScanner) -
     path = run_dir / "sessions" / f"{7:016x}.holds"
     with Segment.create(path, SegmentKind.HOLDS, 8192, count=10_000), pytest.raises(SegmentError, match="do not fit"):
         scanner.held()
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOMEM])
+def test_holds_that_cannot_be_looked_at_may_be_of_any_slot(
+    owner: SlotOwner, holds: Holds, scanner: HoldScanner, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    slots = committed(owner, 2)
+    take(holds, owner, slots[:1])
+
+    def no_more(*_: object, **__: object) -> Segment:
+        raise SegmentError("no descriptor") from OSError(number, "")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Segment, "attach", no_more)
+        held = scanner.held()
+        assert held and all(slot.place in held for slot in slots) and slots[1].place in held | {7}
+        scanner.refresh()
+    assert scanner.held() == {slots[0].place}
+
+
+def test_without_descriptors_nothing_that_is_held_is_freed(
+    run_dir: Path, owner: SlotOwner, holds: Holds, scanner: HoldScanner
+) -> None:
+    """A session that came last, and an evictor that cannot open its table, nor list the directory."""
+    slots = committed(owner, 1)
+    with take(holds, owner, slots):
+        before = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))
+        try:
+            held = scanner.held()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        assert slots[0].place in held and Slot(9, 9).place in held
+    assert scanner.held() == frozenset()
 
 
 def test_eviction_against_readers(run_dir: Path, owner: SlotOwner, scanner: HoldScanner, spawn: Callable) -> None:
