@@ -27,6 +27,7 @@ from lmpipe.rundir import RunDir
 from lmpipe.shm.descriptor import SegmentKind
 from lmpipe.shm.node import NodeWords
 from lmpipe.shm.segment import Segment
+from lmpipe.shm.session import SessionDir
 from lmpipe.supervisor import NodeState
 from lmpipe.topology import NodeInfo, Topology
 
@@ -172,6 +173,8 @@ def _check_shared_memory(info: NodeInfo) -> None:
     NodeWords.attach(paths.node_shm).close()
     for stage in topology.rings_needed:
         Segment.attach(paths.ring(stage), SegmentKind.SLOTS).close()
+    if info.sessions_identity != SessionDir(paths.path).identity():
+        raise SegmentError(f"{paths.sessions}: is not the directory that the workers know")
     for tier in topology.tier_names:
         if not any(paths.index.glob(f"{tier.value}-*")):
             raise SegmentError(f"{paths.index}: the index of {tier.value} is gone")

@@ -70,7 +70,8 @@ class Place:
             1,
             0.0,
             reader_identity(),
-            lmpipe=VERSION,
+            SessionDir(self.paths.path).identity(),
+            VERSION,
         )
         self.info.write()
         self.publish("ready")
@@ -149,6 +150,7 @@ def _changed_note(**changes: Any) -> Any:
         (_changed_note(index_identity="LMDB 0.1"), "it is lmpipe 7.7 with LMDB 0.1, this is"),
         (_changed_note(version=NODE_VERSION + 1), f"version {NODE_VERSION + 1}, this lmpipe speaks {NODE_VERSION}"),
         (_changed_note(arena_id="00" * 16), "wanted is 0000"),
+        (_changed_note(sessions_identity="0:0"), "is not the directory that the workers know"),
         (_without("node_json"), "no lmpipe node at"),
         (_without("arena"), "there is no such segment"),
         (_without("node_shm"), "there is no such segment"),
