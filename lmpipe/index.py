@@ -14,7 +14,8 @@ no lock that a writer holds.
 LMDB's reader table names readers by pid, so who lives in another pid namespace, or has another LMDB, must not map the
 index (`reader_identity`); it asks gather instead.
 
-Owns the row format and everything LMDB. Does not know what a place in a record means, nor when a row should go.
+Owns everything LMDB; a row's bytes are index_row.py's. Does not know what a place in a record means, nor when a row
+should go.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from itertools import takewhile
 from pathlib import Path
 from typing import ClassVar
 
@@ -33,19 +33,21 @@ import numpy as np
 
 from lmpipe import failpoints
 from lmpipe.errors import SegmentError
-from lmpipe.handles import CHUNK, ChunkRecords, Tier, round_up
-from lmpipe.keys import ANCHOR_BYTES, KEY_BYTES
+from lmpipe.handles import ChunkRecords, Tier, round_up
+from lmpipe.index_row import INDEX_KEY_BYTES as INDEX_KEY_BYTES
+from lmpipe.index_row import RECORD_BYTES as RECORD_BYTES
+from lmpipe.index_row import index_key as index_key
+from lmpipe.index_row import index_keys as index_keys
+from lmpipe.index_row import is_complete as is_complete
+from lmpipe.index_row import merge_shard as merge_shard
+from lmpipe.index_row import row_records as row_records
+from lmpipe.index_row import rows_only
 from lmpipe.rundir import RunDir
 from lmpipe.shm.node import NodeWords
 
-INDEX_KEY_BYTES = ANCHOR_BYTES + KEY_BYTES
-RECORD_BYTES = CHUNK.itemsize
 BATCH_KEYS = 64
 MAX_READERS = 1024
-_SHARD_AT = 24
-_SHARDS_AT = 26
 _FEW_KEYS = 4
-_ONE_RECORD = frozenset({RECORD_BYTES})
 _LOOKS = 8
 _RESERVE_PART = 16
 """One page in this many is kept back from `put`: LMDB copies pages before changing them, so deletes need some too."""
@@ -55,48 +57,6 @@ def reader_identity() -> str:
     """What all who map an index must have in common; for people to read, and to compare."""
     version = ".".join(map(str, lmdb.version()))
     return f"LMDB {version}, pid namespace {Path('/proc/self/ns/pid').stat().st_ino}"
-
-
-def merge_shard(old: bytes | None, record: bytes) -> bytes:
-    """The row `old` with this shard's 72-byte record added or replaced."""
-    if not old or (len(old) == RECORD_BYTES and old[_SHARD_AT:_SHARDS_AT] == record[_SHARD_AT:_SHARDS_AT]):
-        return record
-    parts = {int.from_bytes(r[_SHARD_AT:_SHARDS_AT], "little"): r for r in _split(old)}
-    parts[int.from_bytes(record[_SHARD_AT:_SHARDS_AT], "little")] = record
-    return b"".join(parts[shard] for shard in sorted(parts))
-
-
-def is_complete(row: bytes) -> bool:
-    """Whether every shard of the chunk is there: only then may the row be used."""
-    return len(row) == RECORD_BYTES * int.from_bytes(row[_SHARDS_AT : _SHARDS_AT + 2], "little")
-
-
-def row_records(row: bytes) -> ChunkRecords:
-    """The chunk records of a row, sorted by shard."""
-    return np.frombuffer(row, CHUNK)
-
-
-def index_key(record: bytes) -> bytes:
-    """anchor ‖ key of a 72-byte chunk record."""
-    return record[KEY_BYTES:INDEX_KEY_BYTES] + record[:KEY_BYTES]
-
-
-def index_keys(records: ChunkRecords) -> list[bytes]:
-    """anchor ‖ key of every record."""
-    raw = np.ascontiguousarray(records).view(np.uint8).reshape(len(records), RECORD_BYTES)
-    flat = np.concatenate((raw[:, KEY_BYTES:INDEX_KEY_BYTES], raw[:, :KEY_BYTES]), axis=1).tobytes()
-    return [flat[at : at + INDEX_KEY_BYTES] for at in range(0, len(flat), INDEX_KEY_BYTES)]
-
-
-def _rows_only(values: list[bytes]) -> list[bytes]:
-    """The values before the first that is not made of records."""
-    if _ONE_RECORD.issuperset(map(len, values)):
-        return values
-    return list(takewhile(lambda value: value and len(value) % RECORD_BYTES == 0, values))
-
-
-def _split(row: bytes) -> list[bytes]:
-    return [row[at : at + RECORD_BYTES] for at in range(0, len(row), RECORD_BYTES)]
 
 
 def _directory(run_dir: Path, tier: Tier, generation: int) -> Path:
@@ -367,13 +327,13 @@ class IndexReader:
                 for at in range(start, len(keys), BATCH_KEYS):
                     for value in map(get, keys[at : at + BATCH_KEYS]):
                         if value is None:
-                            return _rows_only(found)
+                            return rows_only(found)
                         found.append(value)
         except (lmdb.Error, OSError):
             self.errors += 1
             self.close()
             return []
-        return _rows_only(found)
+        return rows_only(found)
 
     def rows(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """The value of each key; None: there is none, or it could not be read."""

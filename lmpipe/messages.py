@@ -38,7 +38,7 @@ from msgspec import Meta
 
 from lmpipe.errors import LayoutError, MessageError
 from lmpipe.handles import CHUNK, ChunkRecords, Codec, SessionId, Tier
-from lmpipe.keys import ANCHOR_BYTES, KEY_BYTES
+from lmpipe.index_row import INDEX_KEY_BYTES
 from lmpipe.layout import KVLayout
 from lmpipe.wire import MAX_HEADER_BYTES, MAX_TEXT, ArraySpec, Frame, Via, Wire
 
@@ -51,7 +51,7 @@ MAX_FRAME_BYTES = max(MAX_HEADER_BYTES, MAX_CHUNKS * CHUNK.itemsize, MAX_PAGE_ID
 PageIds = npt.NDArray[np.int32]
 Places = npt.NDArray[np.uint64]
 IndexKeys = npt.NDArray[np.void]
-INDEX_KEY = np.dtype(f"V{ANCHOR_BYTES + KEY_BYTES}")
+INDEX_KEY = np.dtype(f"V{INDEX_KEY_BYTES}")
 """anchor ‖ key of a chunk, as the index has it."""
 
 # The record fields that the code behind uses as they are: shard, shards, codec.
