@@ -12,7 +12,7 @@ VLLM_PIP := $(VLLM_BIN)/python -m pip install --quiet
 VLLM_LIST := tests/vllm/requirements.txt
 VLLM_PINS := tests/vllm/constraints.txt
 
-.PHONY: setup setup-vllm demo test chaos test-gpu test-vllm lint types contract native model fuzz clean
+.PHONY: setup setup-vllm demo test chaos test-gpu test-vllm lint types contract native model walk fuzz clean
 
 setup: $(STAMP)
 
@@ -72,6 +72,9 @@ contract: setup
 # The protocol's models, in all sizes; `make test` has the small ones. spin and a C compiler are needed.
 model: setup
 	$(BIN)/python tests/model/check_models.py --long
+
+walk: setup ## every failpoint, with each fault that may be there
+	$(BIN)/python tests/multiproc/failpoint_walk.py
 
 COUNT ?= 1000000
 SEED ?= 1

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rig import Engine, EngineProcess, all_tiers, assert_nothing_leaks, counters, until, until_whole
+from rig import WAIT_S, Engine, EngineProcess, all_tiers, assert_nothing_leaks, counters, until, until_whole
 
 from lmpipe.failpoints import MESSAGES, POINTS, VARIABLE, Control, actions
 from lmpipe.handles import Tier
@@ -38,7 +38,13 @@ DEADLINE_MS = 1000
 SLACK_S = 5.0
 """The promise is the deadline; the rest is what a loaded machine may take to run a thread that is due."""
 FIRED_S = 60.0
-ON_STARTING = ("slots.recover.pending", "index.publish.built", "index.publish.switched", "ssd.recover.scanned")
+TRIES = 5
+PROVOKED = {
+    "gather.release.freed": "producer.save.copied=error:EIO",
+    "slots.recover.pending": "gather.save.closed=kill*1",
+}
+"""What has to happen for a failpoint to be passed at all."""
+ON_STARTING = ("index.publish.built", "index.publish.switched", "ssd.recover.scanned")
 """Failpoints that only a start passes."""
 FAULTS = ("kill", "stop", "error:EIO")
 MESSAGE_ACTIONS = ("drop", "twice", "late:0.3")
@@ -112,6 +118,8 @@ class Walk:
         while not (pid := next((fired.pid for fired in self.control.fired() if fired.name == name), 0)):
             assert time.monotonic() < end_s, "never reached"
             self._work()
+            if name in PROVOKED:
+                self._churn(0.5)
         if word == "stop":
             self._work()  # engines go on while it is stopped
             with contextlib.suppress(ProcessLookupError):  # the watchdog may have been first
@@ -121,14 +129,17 @@ class Walk:
 
     def _arm_and_restart(self, name: str, rule: str) -> None:
         if name not in ON_STARTING:
-            self.control.arm(f"{rule}*1")
+            self.control.arm(f"{rule}*1", *([PROVOKED[name]] if name in PROVOKED else []))
             return
         self._work()
-        if name == "slots.recover.pending":  # a gather that dies with a slot that is READY leaves one to recover
-            self.control.arm(f"{rule}*1", "gather.save.closed=kill*1")
-            return
         self.control.arm(f"{rule}*1")
         self.node.kill("persist" if name.startswith("ssd") else "gather")
+
+    def _churn(self, seconds: float) -> None:
+        """An engine in a process of its own, whose failpoints are passed, saves and loads for a while."""
+        with EngineProcess(self.node, mapped=self.draw.random() < 0.5, tenant="walk") as process:
+            seed = self.draw.randrange(1 << 30)
+            process.ask("churn", seed=seed, prompts=30, chunks=CHUNKS, seconds=seconds, deadline_ms=300)
 
     def _engine(self, rule: str) -> str:
         """A failpoint of an engine's process: private or mapped pages, whichever passes it."""
@@ -150,16 +161,15 @@ class Walk:
         return f"{word} of {process.pid}"
 
     def _messages(self, rule: str) -> str:
+        """Some of these messages, while there are any: few are sent for want of an occasion."""
         self.control.arm(f"{rule}%0.5/{self.draw.randrange(1 << 30)}")
-        if rule.startswith("producer."):
-            with EngineProcess(self.node, mapped=self.draw.random() < 0.5, tenant="walk") as process:
-                process.ask(
-                    "churn", seed=self.draw.randrange(1 << 30), prompts=30, chunks=CHUNKS, seconds=1, deadline_ms=300
-                )
-                self.control.arm()
-        else:
-            for _ in range(2):
+        for _ in range(TRIES):
+            if rule.startswith("producer."):
+                self._churn(1)
+            else:
                 self._work()
+            if len(self.control.fired()) > 1:
+                break
         fired = len(self.control.fired())
         self.control.arm()
         self._check()
@@ -219,7 +229,7 @@ class Walk:
         until(lambda: counters(self.node)["gather_unpersisted_rows"] == 0, "nothing waits for a tier below")
         assert_nothing_leaks(self.node, LEASES)
         for stage in self.node.topology.rings_needed:
-            until(lambda s=stage: ring_in_use(self.node, s) == 0, f"the ring of {stage} is empty")
+            until(lambda s=stage: ring_in_use(self.node, s) == 0, f"the ring of {stage} is empty", 2 * WAIT_S)
 
 
 def ring_in_use(node: Node, stage: str) -> int:
