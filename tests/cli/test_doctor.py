@@ -243,7 +243,7 @@ def test_what_a_supervisor_says(node: Node) -> None:
 
 def test_a_process_that_hangs(node: Node) -> None:
     info = msgspec.structs.replace(node.info, topology=msgspec.structs.replace(node.info.topology, watchdog_ms=300))
-    assert running.answers(info, "gather").level is not Level.FAIL
+    assert running.answers(node.info, "gather").level is not Level.FAIL
     pid = node.kill("gather", signal.SIGSTOP)
     try:
         assert verdict(running.answers(info, "gather")) == FAIL
