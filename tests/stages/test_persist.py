@@ -26,7 +26,7 @@ from lmpipe.messages import (
     no_chunks,
 )
 from lmpipe.stages.persist import GRACE_S
-from lmpipe.stages.reads import READS_AT_ONCE
+from lmpipe.stages.reads import CAUTION, READS_AT_ONCE
 
 Open = Callable[..., AbstractContextManager[Chain]]
 
@@ -246,3 +246,32 @@ def test_what_it_does_not_know_is_counted(chain_of: Open) -> None:
     with chain_of() as chain:
         chain.send("save", Touch(1, no_chunks()))
         assert chain.seats["persist"].counts["unexpected_messages"] == 1
+
+
+def test_what_cannot_be_read_in_time_fails_at_once(chain_of: Open) -> None:
+    """By how fast reading was; and where nothing waits it is tried all the same, or nobody would see it has changed."""
+    with chain_of() as chain:
+        records = chain.committed(20, 70_000)
+        chain.save(records)
+        chain.run()
+        rows = chain.stored("persist", records)
+        chain.evict(records)
+        chain.load(rows[:2])
+        chain.seats["persist"].stage.step(chain.now_s)
+        assert len(chain.seats["persist"].jobs) == READS_AT_ONCE
+        chain.now_s += 1.0
+        assert len(keys(of(chain.run(), Loaded))) == 2
+        slow_bytes_per_s = 70_000
+        seconds = 5
+        chain.load(rows[2:], deadline_ns=int((chain.now_s + seconds) * 1e9))
+        (late,) = of(chain.heard, LoadFailed)
+        assert "before it" in late.reason and 0 < len(late.chunks) < 18
+        in_time = 18 - len(late.chunks)
+        assert in_time * 70_000 <= CAUTION * slow_bytes_per_s * seconds
+        assert late.chunks["key"].tolist() == rows["key"][2 + in_time :].tolist(), "what comes first is read"
+        assert len(keys(of(chain.run(), Loaded))) == in_time
+        chain.load(rows[-1:], deadline_ns=int((chain.now_s + 2.0) * 1e9))
+        assert len(of(chain.run(), Loaded)) == 1
+        chain.load(rows[:4])
+        assert not of(chain.heard, LoadFailed), "who waits as long as it takes is not told that it takes long"
+        assert not of(chain.run(), LoadFailed) and not chain.seats["persist"].stage.busy()

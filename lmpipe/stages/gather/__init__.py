@@ -219,6 +219,9 @@ class Gather:
             self._load_now(waiter, chunks)
 
     def _load_now(self, waiter: Waiter, chunks: ChunkRecords) -> None:
+        if waiter.deadline_ns and waiter.deadline_ns <= self._context.now_s() * 1e9:
+            self._tell_failed(waiter, "deadline", chunks)  # and nothing is evicted for it
+            return
         asked = self._loads.ask(waiter, chunks, self._context.chain)
         if asked.ready:
             self._tell_loaded(waiter, joined(asked.ready))

@@ -18,6 +18,8 @@ from lmpipe.tiers.dram import DramTier
 
 WINDOW_CHUNKS = 64
 GROUP_CHUNKS = 8
+LEAST_BACKLOG = 1024
+"""From so many names on those of chunks that are gone are dropped, not only when it is their turn."""
 
 Name = tuple[bytes, int]
 """Index key and shard of a chunk."""
@@ -48,6 +50,15 @@ class Outflow:
     def add(self, names: list[Name]) -> None:
         """Chunks that have become pending."""
         self._backlog.extend(names)
+        used = self._dram.arena.slots - self._dram.arena.slots_free
+        if len(self._backlog) > max(2 * used, LEAST_BACKLOG):  # the tiers below stand still, and DRAM does not
+            self._backlog = deque(name for name in dict.fromkeys(self._backlog) if self._bits(name))
+
+    def _bits(self, name: Name) -> int:
+        """Tiers that have still to take a chunk; 0 too when it is gone."""
+        row = self._dram.row(name[0])
+        slot = None if row is None else row.slots.get(name[1])
+        return 0 if slot is None else self._dram.arena.pending(slot)
 
     def pump(self) -> bool:
         """Send what the window allows. Returns whether anything was sent."""
@@ -57,11 +68,8 @@ class Outflow:
             taken: list[tuple[Name, int, SessionId]] = []
             while self._backlog and len(group) < GROUP_CHUNKS:
                 name = self._backlog.popleft()
-                row = self._dram.row(name[0])
-                if row is None or name[1] not in row.slots:
-                    continue  # evicted before it was its turn
-                bits = self._dram.arena.pending(row.slots[name[1]])
-                if bits:
+                row, bits = self._dram.row(name[0]), self._bits(name)
+                if row is not None and bits:  # else evicted before it was its turn
                     group.append(row.records[name[1]])
                     taken.append((name, bits, row.savers[name[1]]))
             if not group:
