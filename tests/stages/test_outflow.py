@@ -27,18 +27,6 @@ class Nobody:
         return frozenset()
 
 
-class Below:
-    """A stage that takes what it is sent, or nothing."""
-
-    def __init__(self) -> None:
-        self.open, self.sent = True, list[ChunkRecords]()
-
-    def send(self, records: ChunkRecords) -> bool:
-        if self.open:
-            self.sent.append(records.copy())
-        return self.open
-
-
 def saved(dram: DramTier, number: int) -> ChunkRecords:
     """One more chunk in DRAM, which the SSD tier has still to take; the least recent makes room."""
     slot = dram.reserve(4096, SAVER)
@@ -59,24 +47,25 @@ def test_a_flood_past_tiers_that_stand_still_is_forgotten_with_what_was_evicted(
     node = NodeWords.create(tmp_path / "node.shm")
     arena = SlotOwner.create(tmp_path / "arena.shm", SLOTS * 4096, SLOTS)
     index = IndexWriter(tmp_path, Tier.DRAM, 1 << 20, node)
-    dram, below = DramTier(arena, index, Nobody(), lambda: 0.0), Below()
-    outflow = Outflow(dram, below.send)
-    below.open = False
+    dram = DramTier(arena, index, Nobody(), lambda: 0.0)
+    sent: list[np.void] = []
+    outflow = Outflow(dram, lambda records: sent.extend(records.copy()) or True)
     longest = 0
-    for number in range(FLOOD):
+    for number in range(FLOOD):  # and nobody answers
         outflow.add(names_of(saved(dram, number)))
         outflow.pump()
         longest = max(longest, outflow.waiting)
+    assert len(sent) == WINDOW_CHUNKS
     assert longest <= LEAST_BACKLOG + WINDOW_CHUNKS
-    below.open = True
     answered = 0
-    while outflow.pump():
-        for records in below.sent[answered:]:
-            for name, place in zip(names_of(records), records["place"].tolist(), strict=True):
-                assert outflow.answered(name, place, 1) == SAVER
-        answered = len(below.sent)
-    sent = [int.from_bytes(key, "little") for records in below.sent for key in records["key"].tolist()]
-    assert sent == list(range(FLOOD - SLOTS, FLOOD)), "what is still there, once, in order"
+    while answered < len(sent):
+        record = sent[answered]
+        (name,) = names_of(record.reshape(1))
+        assert outflow.answered(name, int(record["place"]), 1) == SAVER
+        answered += 1
+        outflow.pump()
+    numbers = [int.from_bytes(record["key"].tobytes(), "little") for record in sent]
+    assert numbers == [*range(WINDOW_CHUNKS), *range(FLOOD - SLOTS, FLOOD)], "what is still there, once, in order"
     assert outflow.waiting == 0
     for part in (index, arena, node):
         part.close()
