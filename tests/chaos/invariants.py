@@ -152,7 +152,7 @@ class Looker:
         wanted["engine"] = len(self._engines())
         if living != wanted:
             return f"processes: {living}"
-        return self._left_files() or self._left_maps()
+        return self._left_files() or self._left_maps() or self._left_readers() or self._left_in_rings()
 
     def _left_files(self) -> str:
         """Files of the run directory that belong to nobody."""
@@ -190,6 +190,26 @@ class Looker:
         strangers = {int(owner) for owner in mapped} - {engine.pid for engine in self._engines()}
         return f"gather maps pages of {strangers}" if strangers else ""
 
+    def _left_readers(self) -> str:
+        """Slots of LMDB's reader tables that the dead have: they would keep old pages from being used again."""
+        pids = {process.pid for process in self._world.living()} | {os.getpid()}
+        for tier in self._world.node.topology.tier_names:
+            with self._environment(tier) as environment:
+                table = environment.readers()
+            if stale := {int(line.split()[0]) for line in table.splitlines()[1:] if line.split()[0].isdigit()} - pids:
+                return f"{tier.value}: readers that are dead: {stale}"
+        return ""
+
+    def _left_in_rings(self) -> str:
+        """Slots of rings that are not free, by their headers, while nothing is on its way."""
+        for stage in self._world.node.topology.rings_needed:
+            ring = SlotTable(Segment.attach(self._world.node.paths.ring(stage), SegmentKind.SLOTS))
+            states = Counter(ring.state(index)[1].name for index in range(ring.slots))
+            ring.close()
+            if set(states) != {SlotState.FREE.name}:
+                return f"ring of {stage}: {states}"
+        return ""
+
     def _proof(self) -> None:
         """What is saved now reaches every tier: the node really serves, whatever its status says."""
         numbers = list(range(len(self._world.engines)))
@@ -223,13 +243,15 @@ class Looker:
             values |= Counters.read(node.paths.counters_of(name, node.pid(name)))
         return values
 
-    def _rows(self, tier: Tier) -> list[bytes]:
+    def _environment(self, tier: Tier) -> lmdb.Environment:
         node = self._world.node
         words = NodeWords.attach(node.paths.node_shm)
         directory = node.paths.index / f"{tier.value}-{words.index_generation(tier)}"
         words.close()
-        options: dict[str, Any] = {"readonly": True, "create": False, "max_readers": 1024}
-        with lmdb.open(str(directory), **options) as environment, environment.begin() as transaction:
+        return lmdb.open(str(directory), readonly=True, create=False, max_readers=1024)
+
+    def _rows(self, tier: Tier) -> list[bytes]:
+        with self._environment(tier) as environment, environment.begin() as transaction:
             return [bytes(value) for _, value in transaction.cursor()]
 
     def _entries(self, tier: Tier) -> int:
