@@ -123,6 +123,7 @@ class Producer:
         self._link.asked = lambda answered: self._accounts.count(lookups_by_message=1, lookups_unanswered=not answered)
         self._loader = Loader(self._link, copy_threads)
         self._saver = Saver(self._link, self._leases, lambda: self._wanted, copy_threads, ttl_s)
+        self._link.start()
         self._closed = False
         if wait_s:
             self.wait_ready(wait_s)

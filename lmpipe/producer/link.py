@@ -143,6 +143,9 @@ class Link:
         self._last_pong_s = 0.0
         self._unanswered = 0
         self._thread = threading.Thread(target=self._run, name="lmpipe-link", daemon=True)
+
+    def start(self) -> None:
+        """Look for the node. From here on the callbacks are called, from a thread of the link's own."""
         self._thread.start()
 
     # Any thread.

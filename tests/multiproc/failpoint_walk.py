@@ -21,7 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rig import WAIT_S, Engine, EngineProcess, all_tiers, assert_nothing_leaks, counters, until, until_whole
+import numpy as np
+import numpy.typing as npt
+from rig import WAIT_S, Engine, EngineProcess, Memory, all_tiers, assert_nothing_leaks, counters, until, until_whole
 
 from lmpipe.failpoints import MESSAGES, POINTS, VARIABLE, Control, actions
 from lmpipe.handles import Tier
@@ -65,6 +67,19 @@ def steps() -> list[str]:
     return found
 
 
+class Compressible(Memory):
+    """Content that takes half the blocks when it is encoded."""
+
+    def content(self, key: npt.NDArray[np.uint8], pages: int) -> npt.NDArray[np.uint8]:
+        return super().content(key, pages) & 0x03
+
+
+class WalkEngine(Engine):
+    """One of the two that every step works with."""
+
+    memory_kind = Compressible
+
+
 @dataclass
 class Walk:
     """A node, two engines of its own, and the file of rules that all its processes read."""
@@ -85,7 +100,7 @@ class Walk:
         """Start the node; `directory` gets the rules and the remote tier."""
         control = Control(directory / "rules")
         changes: dict[str, Any] = all_tiers(directory, dram="1MiB")
-        changes["tiers"]["dram"] |= {"slots": 64, "codec": "split"}
+        changes["tiers"]["dram"] |= {"slots": 64, "codec": "zstd"}
         changes["tiers"]["ssd"] |= {"capacity": "4MiB", "segment": "1MiB"}
         changes["tiers"]["remote"]["capacity"] = "1MiB"
         changes["watchdog_ms"] = 2000
@@ -94,8 +109,8 @@ class Walk:
         try:
             with (
                 Node(changes) as node,
-                Engine(node.run_dir, tenant="walk") as private,
-                Engine(node.run_dir, tenant="walk", pages_in=node.directory) as mapped,
+                WalkEngine(node.run_dir, tenant="walk") as private,
+                WalkEngine(node.run_dir, tenant="walk", pages_in=node.directory) as mapped,
             ):
                 until_whole(node, private, mapped)
                 yield cls(node, control, [private, mapped], random.Random(seed))
@@ -137,7 +152,7 @@ class Walk:
 
     def _churn(self, seconds: float) -> None:
         """An engine in a process of its own, whose failpoints are passed, saves and loads for a while."""
-        with EngineProcess(self.node, mapped=self.draw.random() < 0.5, tenant="walk") as process:
+        with EngineProcess(self.node, mapped=self.draw.random() < 0.5, tenant="churn") as process:
             seed = self.draw.randrange(1 << 30)
             process.ask("churn", seed=seed, prompts=30, chunks=CHUNKS, seconds=seconds, deadline_ms=300)
 
@@ -145,7 +160,7 @@ class Walk:
         """A failpoint of an engine's process: private or mapped pages, whichever passes it."""
         granted = "granted" in rule
         word = rule.partition("=")[2].partition(":")[0]
-        process = EngineProcess(self.node, mapped=granted, tenant="walk")
+        process = EngineProcess(self.node, mapped=granted, tenant="churn")
         try:
             self.control.arm(f"{rule}*1")
             process.tell("churn", seed=self.draw.randrange(1 << 30), prompts=30, chunks=CHUNKS, seconds=5)
