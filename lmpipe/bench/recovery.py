@@ -133,7 +133,8 @@ def run(setting: Setting) -> list[Figure]:
         engine, runs = Engine(node), setting.size(RUNS, 1)
         engine.persist(0)
         figures: list[Figure] = []
-        for worker in (process.name for process in node.topology.processes):
+        workers = [process.name for process in node.topology.processes]
+        for worker in workers[: setting.size(len(workers), 1)]:
             setting.say(f"{worker}: {runs} kills")
             import_s = [_import_s("lmpipe.launch.worker") for _ in range(runs)]
             took_s = [_worker(node, engine, worker, turn) for turn in range(runs)]

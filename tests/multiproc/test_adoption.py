@@ -102,7 +102,7 @@ def test_supervisors_killed_at_any_moment_while_they_adopt(node: Node, engine: E
     assert engine.save(prompt).wait(0)
     draw = random.Random(5)
     node.kill("supervisor")
-    for _ in range(6):
+    for _ in range(4):
         with subprocess.Popen([sys.executable, "-P", "-m", "lmpipe", "up", str(node.file)], **QUIET) as up:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 up.wait(draw.random() * 1.5)  # any moment will do
@@ -120,7 +120,7 @@ def test_of_many_at_once_one_supervises(node: Node, engine: Engine) -> None:
     node.kill("supervisor")
     argv = [sys.executable, "-P", "-m", "lmpipe", "up", str(node.file)]
     with contextlib.ExitStack() as undo:
-        many = [undo.enter_context(subprocess.Popen(argv, **QUIET | {"stderr": subprocess.PIPE})) for _ in range(4)]
+        many = [undo.enter_context(subprocess.Popen(argv, **QUIET | {"stderr": subprocess.PIPE})) for _ in range(3)]
         undo.callback(lambda: [up.kill() for up in many])
         until(lambda: sum(up.poll() is None for up in many) == 1, "all but one have ended")
         running = next(up for up in many if up.poll() is None)
