@@ -59,6 +59,11 @@ def reader_identity() -> str:
     return f"LMDB {version}, pid namespace {Path('/proc/self/ns/pid').stat().st_ino}"
 
 
+def may_map(identity: str) -> bool:
+    """Whether this process may map the index of those who have that `reader_identity`; empty: not known."""
+    return identity in ("", reader_identity())
+
+
 def _directory(run_dir: Path, tier: Tier, generation: int) -> Path:
     return RunDir(run_dir).index / f"{tier.value}-{generation}"
 

@@ -14,8 +14,9 @@ from rich.table import Table
 from lmpipe.cli.console import wide_console
 from lmpipe.cli.nodes import Subparsers, UsageError, add_node_arguments, add_verb, node_of
 from lmpipe.cli.picture import size
+from lmpipe.errors import NodeError
 from lmpipe.handles import Tier
-from lmpipe.index import IndexReader, is_complete, row_records
+from lmpipe.index import IndexReader, is_complete, may_map, reader_identity, row_records
 from lmpipe.keys import Prompt
 from lmpipe.shm.node import NodeWords
 from lmpipe.topology import NodeInfo
@@ -73,6 +74,10 @@ def run(args: argparse.Namespace) -> int:
 
 def find(info: NodeInfo, keys: list[bytes]) -> list[Run]:
     """The unbroken run from the start, by tier: each chunk in the fastest that has it."""
+    if not may_map(info.index_identity):
+        raise NodeError(
+            f"the node has {info.index_identity}, this is {reader_identity()}: look it up where the node runs"
+        )
     node = NodeWords.attach(info.paths.node_shm)
     readers = [
         IndexReader(info.paths.path, t, info.topology.index.map_bytes(t), node) for t in info.topology.tier_names

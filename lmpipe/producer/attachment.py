@@ -22,7 +22,7 @@ from lmpipe.clock import wall_s
 from lmpipe.codecs import CODECS
 from lmpipe.errors import SegmentError
 from lmpipe.handles import CHUNK, ChunkRecords, Tier
-from lmpipe.index import IndexReader, index_key, is_complete, reader_identity, row_records
+from lmpipe.index import IndexReader, index_key, is_complete, may_map, reader_identity, row_records
 from lmpipe.keys import Prompt
 from lmpipe.producer.rows import AskedIndex, Asking, Index, MappedIndex, Rows
 from lmpipe.producer.shards import run_of_shards
@@ -140,8 +140,8 @@ class Attachment:
 
     def _open_index(self, link: Asking) -> Index:
         """The maps of the index, where they are safe and can be made."""
-        info, here = self.info, reader_identity()
-        if info.index_identity in ("", here):
+        info = self.info
+        if may_map(info.index_identity):
             sizes = info.topology.index
             mapped = MappedIndex([IndexReader(info.paths.path, t, sizes.map_bytes(t), self.node) for t in TIERS])
             trouble = next((text for reader in mapped.readers if (text := reader.trouble())), "")
@@ -149,7 +149,7 @@ class Attachment:
                 return mapped
             mapped.close()
         else:
-            trouble = f"the node has {info.index_identity}, this process {here}"
+            trouble = f"the node has {info.index_identity}, this process {reader_identity()}"
         log.warning("lookups go by message, and end with gather: the index is not mapped (%s)", trouble)
         return AskedIndex(self.session.id, TIERS, link)
 

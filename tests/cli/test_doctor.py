@@ -210,6 +210,15 @@ def test_another_lmpipe_another_lmdb_another_topology(node: Node, lmpipe: Lmpipe
     assert verdict(running.lmpipe_version(msgspec.structs.replace(info, lmpipe="0.0.1"))) == FAIL
     other = msgspec.structs.replace(info, index_identity="LMDB 0.8.0, pid namespace 3")
     assert verdict(running.index_identity(other)) == WARN
+    assert [f.check for f in contents.examine(other, overview(info))] == ["arena"]  # its index is not for us to open
+    other.write()
+    try:
+        tokens = tmp_path / "tokens.json"
+        tokens.write_text("[1, 2, 3]")
+        status, _, err = lmpipe("lookup", tokens, node.run_dir, "--namespace", "00" * 32)
+        assert status == 1 and "look it up where the node runs" in err
+    finally:
+        info.write()
     file = tmp_path / "changed.yaml"
     file.write_text(node.file.read_text().replace("32MiB", "24MiB"))
     status, out, _ = lmpipe("doctor", file, "--no-disk", "--json")
@@ -229,7 +238,7 @@ def test_what_a_supervisor_says(node: Node) -> None:
     info, seen = node.info, overview(node.info)
     replace = msgspec.structs.replace
     (gather,) = seen.processes
-    for state, expected in (("ready", OK), ("starting", WARN), ("degraded", FAIL), ("orphaned", FAIL)):
+    for state, expected in (("ready", OK), ("starting", WARN), ("degraded", FAIL), ("orphaned", FAIL), ("dead", FAIL)):
         assert verdict(running.state(info, replace(seen, state=state))) == expected
     assert running.deaths(info, seen) == []
     died = replace(seen, processes=[replace(gather, restarts=3, last_exit="signal 9")])

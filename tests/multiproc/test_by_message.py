@@ -29,7 +29,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
 @pytest.fixture
 def foreign(monkeypatch: pytest.MonkeyPatch) -> None:
     """From here on, whoever attaches has another LMDB than the node."""
-    monkeypatch.setattr("lmpipe.producer.attachment.reader_identity", lambda: FOREIGN)
+    monkeypatch.setattr("lmpipe.index.reader_identity", lambda: FOREIGN)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from lmpipe.cli.doctor.finding import Finding, fail, ok, warn
 from lmpipe.errors import SegmentError
 from lmpipe.handles import SessionId, Tier
-from lmpipe.index import IndexReader
+from lmpipe.index import IndexReader, may_map
 from lmpipe.launch.overview import Overview
 from lmpipe.lifecycle import LEASED_STATES, SlotState
 from lmpipe.shm.descriptor import SegmentKind
@@ -33,7 +33,8 @@ def examine(info: NodeInfo, seen: Overview) -> list[Finding]:
         return [fail("arena", str(error), "lmpipe down, lmpipe up: engines can map nothing")]
     try:
         found = [arena(table, SessionDir(info.paths.path).alive)]
-        found += [index(info, tier, words) for tier in info.topology.tier_names]
+        if may_map(info.index_identity):
+            found += [index(info, tier, words) for tier in info.topology.tier_names]
     finally:
         table.close()
         words.close()

@@ -11,7 +11,7 @@ from pathlib import Path
 from lmpipe.bus import Client, Poller
 from lmpipe.cli.doctor.finding import Finding, fail, ok, warn
 from lmpipe.handles import SessionId
-from lmpipe.index import reader_identity
+from lmpipe.index import may_map, reader_identity
 from lmpipe.launch.overview import Overview, ProcessView
 from lmpipe.messages import Ping, Pong
 from lmpipe.topology import NodeInfo
@@ -41,6 +41,9 @@ def state(info: NodeInfo, seen: Overview) -> Finding:
     down = ", ".join(process.name for process in seen.processes if process.state == "down")
     if seen.state == "degraded":
         return fail("node", f"{text}: {down} stays down", f"see {info.paths.logs}; lmpipe down, lmpipe up")
+    if seen.state == "dead":
+        todo = "lmpipe up FILE goes on with what lies in DRAM; lmpipe down removes it"
+        return fail("node", f"{text}: none of its processes lives", todo)
     if seen.state == "orphaned":
         todo = "lmpipe up FILE takes the workers over that live; lmpipe down ends them"
         return fail("node", f"{text}: its supervisor is dead", todo)
@@ -71,7 +74,7 @@ def lmpipe_version(info: NodeInfo) -> Finding:
 def index_identity(info: NodeInfo) -> Finding:
     """Whether engines that run here may map the index."""
     mine = reader_identity()
-    if info.index_identity not in ("", mine):
+    if not may_map(info.index_identity):
         todo = "engines here look up by message; the same LMDB and pid namespace (docker run --pid=…) saves them that"
         return warn("index readers", f"node: {info.index_identity}; here: {mine}", todo)
     return ok("index readers", mine)
