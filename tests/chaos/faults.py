@@ -155,6 +155,16 @@ def failpoint(world: World, draw: random.Random) -> dict[str, Any] | None:
 
 
 @fault(8)
+def dawdle(world: World, draw: random.Random) -> dict[str, Any] | None:
+    """Whoever comes to some point between two steps waits there, again and again: what others do falls in between."""
+    name = draw.choice([name for name in failpoints.POINTS if name not in failpoints.MESSAGES])
+    seconds = draw.choice((0.002, 0.01) if name.startswith("producer.") else (0.005, 0.03, 0.2))
+    rule = f"{name}=sleep:{seconds}*{draw.choice((5, 50))}"
+    world.arm(rule)
+    return {"rule": rule}
+
+
+@fault(8)
 def message(world: World, draw: random.Random) -> dict[str, Any] | None:
     """Messages of one kind are lost, doubled or late for a while."""
     name = draw.choice(failpoints.MESSAGES)
