@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from lmpipe.handles import CHUNK, ChunkRecords, SessionId, Tier
 from lmpipe.index import IndexWriter
@@ -12,10 +14,10 @@ from lmpipe.lifecycle import SlotEvent
 from lmpipe.shm.node import NodeWords
 from lmpipe.shm.slots import SlotOwner
 from lmpipe.stages.gather.loads import joined, names_of
-from lmpipe.stages.gather.outflow import LEAST_BACKLOG, WINDOW_CHUNKS, Outflow
+from lmpipe.stages.gather.outflow import GROUP_CHUNKS, LEAST_BACKLOG, WINDOW_CHUNKS, Outflow
 from lmpipe.tiers.dram import DramTier
 
-SAVER = SessionId(7)
+SAVER, OTHER = SessionId(7), SessionId(8)
 SLOTS = 32
 FLOOD = 4 * LEAST_BACKLOG
 
@@ -27,9 +29,9 @@ class Nobody:
         return frozenset()
 
 
-def saved(dram: DramTier, number: int) -> ChunkRecords:
+def saved(dram: DramTier, number: int, saver: SessionId = SAVER) -> ChunkRecords:
     """One more chunk in DRAM, which the SSD tier has still to take; the least recent makes room."""
-    slot = dram.reserve(4096, SAVER)
+    slot = dram.reserve(4096, saver)
     assert slot is not None
     record = np.zeros(1, CHUNK)[0]
     record["key"], record["shards"] = np.void(number.to_bytes(16, "little")), 1
@@ -38,34 +40,67 @@ def saved(dram: DramTier, number: int) -> ChunkRecords:
     dram.arena.advance(slot, SlotEvent.OPEN)
     dram.arena.set_record(slot.index, record)
     dram.arena.advance(slot, SlotEvent.CLOSE)
-    assert dram.commit([slot.index], 1, SAVER) == [slot.index]
+    assert dram.commit([slot.index], 1, saver) == [slot.index]
     return joined([dram.arena.record(slot.index).tobytes()])
 
 
-def test_a_flood_past_tiers_that_stand_still_is_forgotten_with_what_was_evicted(tmp_path: Path) -> None:
-    tmp_path.chmod(0o700)
-    node = NodeWords.create(tmp_path / "node.shm")
-    arena = SlotOwner.create(tmp_path / "arena.shm", SLOTS * 4096, SLOTS)
-    index = IndexWriter(tmp_path, Tier.DRAM, 1 << 20, node)
-    dram = DramTier(arena, index, Nobody(), lambda: 0.0)
-    sent: list[np.void] = []
-    outflow = Outflow(dram, lambda records: sent.extend(records.copy()) or True)
-    longest = 0
-    for number in range(FLOOD):  # and nobody answers
-        outflow.add(names_of(saved(dram, number)))
+class Bench:
+    """An arena and its index, and an outflow whose messages nobody answers unless a test does."""
+
+    def __init__(self, path: Path) -> None:
+        path.chmod(0o700)
+        self._node = NodeWords.create(path / "node.shm")
+        self._arena = SlotOwner.create(path / "arena.shm", SLOTS * 4096, SLOTS)
+        self._index = IndexWriter(path, Tier.DRAM, 1 << 20, self._node)
+        self.dram = DramTier(self._arena, self._index, Nobody(), lambda: 0.0)
+        self.sent: list[np.void] = []
+        self.outflow = Outflow(self.dram, lambda records: self.sent.extend(records.copy()) or True)
+
+    def answer_all(self) -> list[int]:
+        """Answer what was sent and is sent then; all numbers that were sent."""
+        answered = 0
+        while answered < len(self.sent):
+            record = self.sent[answered]
+            (name,) = names_of(record.reshape(1))
+            assert self.outflow.answered(name, int(record["place"]), 1)
+            answered += 1
+            self.outflow.pump()
+        assert self.outflow.waiting == 0
+        return [int.from_bytes(record["key"].tobytes(), "little") for record in self.sent]
+
+    def close(self) -> None:
+        for part in (self._index, self._arena, self._node):
+            part.close()
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    made = Bench(tmp_path)
+    yield made
+    made.close()
+
+
+def test_a_flood_past_tiers_that_stand_still_is_forgotten_with_what_was_evicted(bench: Bench) -> None:
+    outflow, longest = bench.outflow, 0
+    for number in range(FLOOD):
+        outflow.add(names_of(saved(bench.dram, number)))
         outflow.pump()
         longest = max(longest, outflow.waiting)
-    assert len(sent) == WINDOW_CHUNKS
+    assert len(bench.sent) == WINDOW_CHUNKS
     assert longest <= LEAST_BACKLOG + WINDOW_CHUNKS
-    answered = 0
-    while answered < len(sent):
-        record = sent[answered]
-        (name,) = names_of(record.reshape(1))
-        assert outflow.answered(name, int(record["place"]), 1) == SAVER
-        answered += 1
-        outflow.pump()
-    numbers = [int.from_bytes(record["key"].tobytes(), "little") for record in sent]
+    numbers = bench.answer_all()
     assert numbers == [*range(WINDOW_CHUNKS), *range(FLOOD - SLOTS, FLOOD)], "what is still there, once, in order"
-    assert outflow.waiting == 0
-    for part in (index, arena, node):
-        part.close()
+
+
+def test_who_saves_most_does_not_hold_up_the_others(bench: Bench) -> None:
+    for number in range(3 * GROUP_CHUNKS):
+        bench.outflow.add(names_of(saved(bench.dram, number)))
+    for number in (100, 101):
+        bench.outflow.add(names_of(saved(bench.dram, number, OTHER)))
+    bench.outflow.pump()
+    numbers = [*range(GROUP_CHUNKS), 100, 101, *range(GROUP_CHUNKS, 3 * GROUP_CHUNKS)]
+    assert [int.from_bytes(record["key"].tobytes(), "little") for record in bench.sent] == numbers
+    bench.sent.clear()
+    bench.outflow.restart()
+    bench.outflow.pump()
+    assert sorted(bench.answer_all()) == sorted(numbers), "the stage below is another one: all of it again"

@@ -1,7 +1,8 @@
 """What DRAM has and the tiers below do not have yet: sent down in a bounded window, and sent again when the stage below
 starts anew.
 
-The pending bits in the slot headers are the truth and outlive gather; this is the queue over them.
+The pending bits in the slot headers are the truth and outlive gather; this is the queue over them. Whoever saves most
+does not hold up what others have saved: each saver has a turn.
 """
 
 from __future__ import annotations
@@ -39,20 +40,30 @@ class Outflow:
 
     def __init__(self, dram: DramTier, send: Callable[[ChunkRecords], bool]) -> None:
         self._dram, self._send = dram, send
-        self._backlog: deque[Name] = deque()
+        self._backlog: dict[SessionId, deque[Name]] = {}
+        """By who saved them, none of them empty; whose turn it is stands first."""
         self._sent: dict[Name, _Sent] = {}
 
     @property
     def waiting(self) -> int:
         """Chunks not answered by every tier below."""
-        return len(self._backlog) + len(self._sent)
+        return sum(map(len, self._backlog.values())) + len(self._sent)
 
     def add(self, names: list[Name]) -> None:
         """Chunks that have become pending."""
-        self._backlog.extend(names)
+        for name in names:
+            row = self._dram.row(name[0])
+            saver = SessionId(0) if row is None else row.savers.get(name[1], SessionId(0))
+            self._backlog.setdefault(saver, deque()).append(name)
         used = self._dram.arena.slots - self._dram.arena.slots_free
-        if len(self._backlog) > max(2 * used, LEAST_BACKLOG):  # the tiers below stand still, and DRAM does not
-            self._backlog = deque(name for name in dict.fromkeys(self._backlog) if self._bits(name))
+        if self.waiting - len(self._sent) > max(2 * used, LEAST_BACKLOG):
+            self._forget_gone()  # the tiers below stand still, and DRAM does not
+
+    def _forget_gone(self) -> None:
+        for saver, names in list(self._backlog.items()):
+            self._backlog[saver] = deque(name for name in dict.fromkeys(names) if self._bits(name))
+            if not self._backlog[saver]:
+                del self._backlog[saver]
 
     def _bits(self, name: Name) -> int:
         """Tiers that have still to take a chunk; 0 too when it is gone."""
@@ -61,25 +72,29 @@ class Outflow:
         return 0 if slot is None else self._dram.arena.pending(slot)
 
     def pump(self) -> bool:
-        """Send what the window allows. Returns whether anything was sent."""
+        """Send what the window allows, a group of each saver's in turn. Returns whether anything was sent."""
         moved = False
         while self._backlog and len(self._sent) < WINDOW_CHUNKS:
+            turn = next(iter(self._backlog))
+            names = self._backlog[turn]
             group: list[bytes] = []
             taken: list[tuple[Name, int, SessionId]] = []
-            while self._backlog and len(group) < GROUP_CHUNKS:
-                name = self._backlog.popleft()
+            while names and len(group) < GROUP_CHUNKS:
+                name = names.popleft()
                 row, bits = self._dram.row(name[0]), self._bits(name)
                 if row is not None and bits:  # else evicted before it was its turn
                     group.append(row.records[name[1]])
                     taken.append((name, bits, row.savers[name[1]]))
-            if not group:
-                continue
-            if not self._send(np.frombuffer(b"".join(group), CHUNK)):
-                self._backlog.extendleft(name for name, _, _ in reversed(taken))
+            if group and not self._send(np.frombuffer(b"".join(group), CHUNK)):
+                names.extendleft(name for name, _, _ in reversed(taken))
                 return moved
-            self._sent.update({name: _Sent(bits, saver) for name, bits, saver in taken})
-            moved = True
-            failpoints.hit("gather.outflow.sent")
+            del self._backlog[turn]
+            if names:
+                self._backlog[turn] = names
+            if group:
+                self._sent.update({name: _Sent(bits, saver) for name, bits, saver in taken})
+                moved = True
+                failpoints.hit("gather.outflow.sent")
         return moved
 
     def answered(self, name: Name, place: int, bit: int) -> SessionId | None:
@@ -104,12 +119,13 @@ class Outflow:
             sent.seen_s = sent.seen_s or now_s
             if now_s - sent.seen_s > limit_s:
                 late.append(name)
-        for name in late:
-            del self._sent[name]
-        self._backlog.extendleft(reversed(late))
+        self._put_back(late)
         return len(late)
 
     def restart(self) -> None:
         """The stage below is another one now: everything unanswered goes again."""
-        self._backlog.extendleft(reversed(self._sent))
-        self._sent.clear()
+        self._put_back(list(self._sent))
+
+    def _put_back(self, names: list[Name]) -> None:
+        for name in reversed(names):
+            self._backlog.setdefault(self._sent.pop(name).saver, deque()).appendleft(name)
