@@ -1,4 +1,6 @@
-"""Garbage on every socket of a running node: frames that are no message, and bytes that are not even ZeroMQ."""
+"""Garbage on every socket of a running node: frames that are no message, messages that make no sense, and bytes that
+are not even ZeroMQ.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import zmq
 from rig import WAIT_S, Engine, all_tiers, counters, until, until_whole
 
 from lmpipe import messages as m
 from lmpipe.errors import MessageError
-from lmpipe.handles import SessionId
+from lmpipe.handles import CHUNK, Codec, SessionId, Tier
 from lmpipe.testing import Node
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "fuzz"))
@@ -87,6 +90,51 @@ def test_frames_that_are_no_message_are_refused_on_every_socket(node: Node, stag
         context.term()
     assert refused == sent == FRAMES
     until(lambda: counters(node, stage)[f"{stage}_bad_frames"] >= before + sent, "each is counted")
+
+
+def absurd(me: SessionId) -> Iterator[m.Message]:
+    """Messages of good form about chunks and slots that do not exist, from a session that does not either."""
+    plain = np.zeros(3, CHUNK)
+    plain["shards"], plain["place"] = 1, np.arange(3, dtype=np.uint64) << np.uint64(32) | np.uint64(1)
+    plain["raw_bytes"] = plain["nbytes"] = 8192
+    encoded, huge, empty = plain.copy(), plain.copy(), plain.copy()
+    encoded["codec"] = Codec.ZSTD
+    huge["place"], huge["nbytes"], huge["raw_bytes"] = 2**64 - 1, 2**32 - 1, 2**32 - 1
+    empty["nbytes"] = empty["raw_bytes"] = 0
+    for chunks in (plain, encoded, huge, empty):
+        for segment in ("arena", "ring.compress", "ring.persist", "nonsense"):
+            yield m.Save(me, 1, segment, chunks)
+            yield m.Load(me, 2, chunks, segment, 0)
+            yield m.Loaded(me, 3, segment, chunks)
+        yield from (m.Load(me, 4, chunks, "arena", deadline_ns) for deadline_ns in (1, 2**62))
+        yield from (m.Prefetch(me, chunks), m.LoadFailed(me, 5, "", chunks), m.Touch(me, chunks))
+        yield from (m.Persisted(me, Tier.SSD, chunks), m.Evicted(me, Tier.SSD, chunks), m.Saved(me, 0, chunks))
+        yield from (m.SaveDropped(me, 0, Tier.SSD, "", chunks), m.Pin(me, 6, True, chunks, 1e9))
+    places = np.array([2**64 - 1, 0], np.uint64)
+    yield from (m.Release(me, segment, places) for segment in ("arena", "ring.compress", "ring.persist"))
+    yield from (m.Cancel(me, 99), m.Invalidated(me, 8, 1), m.Credit(me, places), m.Drained(me, 1))
+    yield from (m.Pong(me, 1, "persist", [me]), m.Invalidate(me, 7, 12345, [Tier.REMOTE, Tier.SSD]))
+
+
+@EVERY_SOCKET
+def test_absurd_messages_of_good_form_end_no_stage(node: Node, stage: str, channel: str) -> None:
+    context: zmq.Context[Any] = zmq.Context()
+    stranger = context.socket(zmq.DEALER)
+    stranger.linger = 0
+    stranger.connect(node.info.endpoints[stage][channel])
+    me = SessionId(5)
+    try:
+        for message in absurd(me):
+            for each in (message, m.Ping(me, 1)):
+                stranger.send_multipart([bytes(frame) for frame in m.encode(each)])
+            answer: m.Message | None = None
+            while not isinstance(answer, m.Pong):
+                assert stranger.poll(1000 * WAIT_S), f"no answer after {message}"
+                answer = m.decode(stranger.recv_multipart())
+    finally:
+        stranger.close()
+        context.term()
+    serves(node, 200 + 10 * STAGES.index(stage) + CHANNELS.index(channel))
 
 
 def test_bytes_that_are_no_zeromq_end_nothing(node: Node) -> None:
