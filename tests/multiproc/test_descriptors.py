@@ -47,8 +47,8 @@ def test_a_worker_without_descriptors_costs_what_it_would_have_done(node: Node, 
     with Engine(node.run_dir, tenant=victim) as engine, EngineProcess(node, tenant=victim) as other:
         until_whole(node, engine)
         with none_left(node.pid(victim)):
-            other.tell("churn", seed=1, prompts=20, chunks=CHUNKS, seconds=1.5, deadline_ms=500)
-            for seed in range(20):
+            other.tell("churn", seed=1, prompts=20, chunks=CHUNKS, seconds=0.6, deadline_ms=300)
+            for seed in range(8):
                 prompt = engine.prompt(seed, CHUNKS)
                 ids = engine.prefill(prompt)
                 ticket = engine.send(prompt, ids)
@@ -56,9 +56,9 @@ def test_a_worker_without_descriptors_costs_what_it_would_have_done(node: Node, 
                     engine.producer.cancel(ticket)
                     until(ticket.copied.is_set)
                 engine.memory.free(ids)
-                engine.load(prompt, deadline_ms=500)  # compares every byte
+                engine.load(prompt, deadline_ms=300)  # compares every byte
             with Engine(node.run_dir, tenant=victim, wait_s=0.5) as late:
-                late.load(late.prompt(1, CHUNKS), deadline_ms=500)
+                late.load(late.prompt(1, CHUNKS), deadline_ms=300)
             other.hear()
         until_whole(node, engine)
         seeds = iter(range(100, 10_000))
@@ -79,10 +79,10 @@ def test_an_engine_without_descriptors_goes_on(node: Node, mapped: bool) -> None
         assert engine.ask("save", seed=1, chunks=CHUNKS)["saved"] == CHUNKS
         with none_left(engine.pid):
             assert engine.ask("load", seed=1, chunks=CHUNKS)["chunks"] == CHUNKS, "what is mapped needs none"
-            engine.ask("churn", seed=1, prompts=20, chunks=CHUNKS, seconds=1, deadline_ms=500)
+            engine.ask("churn", seed=1, prompts=20, chunks=CHUNKS, seconds=0.4, deadline_ms=300)
             pid = node.kill("gather")
             node.wait_restarted("gather", pid)
-            engine.ask("churn", seed=2, prompts=20, chunks=CHUNKS, seconds=1, deadline_ms=500)
+            engine.ask("churn", seed=2, prompts=20, chunks=CHUNKS, seconds=0.4, deadline_ms=300)
         until(lambda: engine.ask("save", seed=3, chunks=1)["dropped"] == {}, "it is there again")
         assert engine.ask("load", seed=3, chunks=1)["chunks"] == 1
     assert_nothing_leaks(node, LEASES)
