@@ -110,6 +110,7 @@ class EngineProcess:
         """The answer to what was told first. Raises EOFError, queue.Empty."""
         answer = self._answers.get(timeout=timeout_s)
         if isinstance(answer, EOFError):
+            self._answers.put(answer)  # it is so from now on
             raise answer
         return answer
 
@@ -289,7 +290,7 @@ class World:
         if "supervisor" not in self._starts:
             if self.settled:
                 self.record.violation("the supervisor ended in calm weather", exit=self.node.exit)
-            self._starts["supervisor"] = now_s + self._draw.choice((0.0, 0.0, 0.1, 0.5))
+            self._starts["supervisor"] = now_s + self._draw.choice((0.0, 0.0, 0.0, 0.3))
         elif now_s >= self._starts["supervisor"]:
             del self._starts["supervisor"]
             self.record.count("supervisor starts")
