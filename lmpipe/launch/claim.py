@@ -13,6 +13,7 @@ import os
 import shutil
 import stat
 import struct
+import time
 from pathlib import Path
 
 import msgspec
@@ -23,6 +24,7 @@ from lmpipe.shm.pages import sweep as sweep_pages
 from lmpipe.shm.session import SessionDir
 
 MAKE_ATTEMPTS = 100
+ROLE_STEP_S = 0.01
 _FLOCK = struct.Struct("hhqqi4x")  # Linux, 64 bits: type, whence, start, length, pid
 
 
@@ -63,20 +65,24 @@ def lock_holder(path: Path) -> int:
     return 0 if kind == fcntl.F_UNLCK else pid or -1
 
 
-def take_role(paths: RunDir, process: str) -> int:
+def take_role(paths: RunDir, process: str, wait_s: float = 0.0) -> int:
     """The lock that makes the caller this process of the node, until the descriptor is closed or it ends.
 
     Raises:
-        NodeError: another one is that process.
+        NodeError: another one is that process, and still is after `wait_s`.
     """
-    path = paths.role(process)
+    path, deadline_s = paths.role(process), time.monotonic() + wait_s
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise NodeError(f"{process} runs already, pid {lock_holder(path)}") from None
-    return descriptor
+    while True:
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            if time.monotonic() >= deadline_s:
+                os.close(descriptor)
+                raise NodeError(f"{process} runs already, pid {lock_holder(path)}") from None
+            time.sleep(ROLE_STEP_S)
+        else:
+            return descriptor
 
 
 def session_lock(paths: RunDir, session: int) -> Path:

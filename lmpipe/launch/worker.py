@@ -14,6 +14,7 @@ from lmpipe.errors import NodeError
 from lmpipe.launch.claim import WorkerNote, lock_holder, take_role
 from lmpipe.launch.parts import Parts
 from lmpipe.metrics import worker_counters
+from lmpipe.rundir import RunDir
 from lmpipe.shm.counters import Counters
 from lmpipe.shm.session import Session, SessionDir
 from lmpipe.spans import Spans
@@ -22,6 +23,9 @@ from lmpipe.topology import NodeInfo, Topology
 
 DRAIN_S = 3.0
 """Shorter than the supervisor waits between SIGTERM and SIGKILL."""
+
+ROLE_S = 5.0
+"""A worker that a dead supervisor has just started may have the role until it sees that it is alone."""
 
 
 def run_worker(run_dir: Path, process: str, ready_fd: int | None) -> int:
@@ -34,10 +38,10 @@ def run_worker(run_dir: Path, process: str, ready_fd: int | None) -> int:
     topology, paths = info.topology, info.paths
     stages = _stages_of(topology, process)
     with contextlib.ExitStack() as undo:
-        undo.callback(os.close, take_role(paths, process))
-        # After the role: a new supervisor either finds who has it and ends this process, or holds its own lock by now.
-        if lock_holder(paths.supervisor_lock) != os.getppid():
-            raise NodeError(f"{process}: the supervisor is gone")
+        _check_supervisor(paths, process)
+        undo.callback(os.close, take_role(paths, process, ROLE_S))
+        # Again: a new supervisor either finds who has the role and ends this process, or holds its own lock by now.
+        _check_supervisor(paths, process)
         session = undo.enter_context(Session.create(paths.path))
         WorkerNote(os.getpid(), session.id, "starting").write(paths.up(process))
         counters = Counters.create(paths.counters_of(process, os.getpid()), worker_counters(stages))
@@ -58,6 +62,11 @@ def run_worker(run_dir: Path, process: str, ready_fd: int | None) -> int:
             os.write(ready_fd, READY_LINE)  # EPIPE when the supervisor has died: so does this process
             os.close(ready_fd)
         return runner.run(made)
+
+
+def _check_supervisor(paths: RunDir, process: str) -> None:
+    if lock_holder(paths.supervisor_lock) != os.getppid():
+        raise NodeError(f"{process}: the supervisor is gone")
 
 
 def _stages_of(topology: Topology, process: str) -> list[str]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from lmpipe import topology as tp
-from lmpipe.launch.claim import Claim
+from lmpipe.launch.claim import Claim, take_role
 from lmpipe.launch.segments import Segments
 from lmpipe.rundir import RunDir
 from lmpipe.shm.session import SessionDir
@@ -59,3 +61,19 @@ def test_of_a_supervisor_that_is_gone(paths: RunDir) -> None:
     assert worker(paths.path, "gather", orphan=True) == (1, "lmpipe: gather: the supervisor is gone\n")
     assert SessionDir(paths.path).ids() == []
     assert not list(paths.sockets.iterdir())
+
+
+def test_waits_for_one_that_is_about_to_see_that_it_is_alone(paths: RunDir) -> None:
+    program = (
+        "import sys, time\nfrom pathlib import Path\nfrom lmpipe.launch.claim import take_role\n"
+        "from lmpipe.rundir import RunDir\nrole = take_role(RunDir(Path(sys.argv[1])), 'gather')\n"
+        "print('ok', flush=True)\nsys.stdin.read()\n"
+    )
+    argv = [sys.executable, "-P", "-c", program, str(paths.path)]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as alone:
+        assert alone.stdout is not None and alone.stdin is not None
+        assert alone.stdout.readline() == "ok\n"
+        waiting = threading.Timer(0.2, alone.stdin.close)
+        waiting.start()
+        os.close(take_role(paths, "gather", 60))
+        waiting.join()
