@@ -95,10 +95,10 @@ def _messages() -> list[Any]:
     return [
         Handshake(root, (layout, layout), (True, False), 32, 4),
         SaveOrder(7, "a", keys, 1, blocks, 200, False),
-        LoadOrder("b", keys, 0, blocks, True),
+        LoadOrder("b", keys, 0, blocks, True, False),
         Orders(b"root", 64, 5, [], [], ["c"], [7], ["d"], 100, 101),
-        LoadReport("b", 2, result),
-        Reports({7: (1, True)}, [LoadReport("b", 2, result)], (100, 0.25)),
+        LoadReport("b", 2, result, False),
+        Reports({7: (1, True)}, [LoadReport("b", 2, result, True)], (100, 0.25)),
     ]
 
 
@@ -118,7 +118,7 @@ def test_orders_carry_their_orders() -> None:
 
 def test_reports_of_ranks_become_one() -> None:
     def load(rank: int) -> LoadReport:
-        return LoadReport("r", 2, LoadResult(64 * rank, rank, 0, {}, "", 0.0))
+        return LoadReport("r", 2, LoadResult(64 * rank, rank, 0, {}, "", 0.0), False)
 
     ranks = [
         Reports({1: (1, True), 2: (1, True)}, [load(2)], (512, 0.5)),
