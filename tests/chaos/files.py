@@ -46,7 +46,7 @@ def flip_segment(world: World, draw: random.Random) -> dict[str, Any] | None:
         with contextlib.suppress(FileNotFoundError):
             data = np.fromfile(path, np.uint8)
             used = np.flatnonzero(data[: len(data) // BLOCK * BLOCK].reshape(-1, BLOCK).any(axis=1))
-            for _ in range(3 if len(used) else 0):
+            for _ in range(16 if len(used) else 0):
                 at = int(draw.choice(used)) * BLOCK + draw.randrange(BLOCK)
                 flip(path, at, draw.randrange(8))
                 done.append(f"{path.name}:{at}")
