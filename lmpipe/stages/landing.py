@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lmpipe import failpoints
 from lmpipe.handles import Codec, SessionId, Slot
 from lmpipe.lifecycle import SlotEvent
 from lmpipe.shm.table import SlotTable
@@ -98,7 +97,6 @@ class Landings:
         """A destination; None: the ring is full, later; a text: there will be none, and why."""
         if int(record["codec"]) == Codec.RAW:
             into = open_arena(self._arena, record, self._session)
-            failpoints.hit("landing.opened")
             if into is None:
                 return "stale"
             self._writing.add(int(record["place"]))
@@ -115,7 +113,6 @@ class Landings:
         if landing.slot is None or self._ring is None:
             self._writing.discard(int(landing.record["place"]))
             there = close_arena(self._arena, landing.record)
-            failpoints.hit("landing.closed")
             return None if there is None else ("arena", there)
         record = landing.record.copy()
         self._ring.publish(landing.slot, record)
