@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lmpipe import failpoints
 from lmpipe.errors import FormatError, LmpipeError
 from lmpipe.handles import ChunkRecords, SessionId
 from lmpipe.messages import Load, Loaded, LoadFailed
@@ -136,6 +137,7 @@ class Reads:
         self._open_bytes -= int(self._queue.popleft().stored["nbytes"])
 
     def _begin(self, wanted: _Wanted, landing: Landing) -> None:
+        failpoints.hit("landing.opened")
         nbytes = int(wanted.stored["nbytes"])
         self._reading += 1
         began_s, reading = self._context.now_s(), self._reading
@@ -148,6 +150,7 @@ class Reads:
             self._open_bytes -= nbytes
             self._observe(nbytes, began_s, reading)
             there = self._landings.close(landing, SessionId(wanted.load.session))
+            failpoints.hit("landing.closed")
             if there is None:
                 self.fail(wanted.load.load_id, "stale", wanted.record.reshape(1))
                 return
