@@ -29,16 +29,18 @@ def main() -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     sums, end_s = Sums(), time.monotonic() + (arguments.seconds or 0)
     print(f"seed {seed}, recorded in {path}")
-    with path.open("a") as file:
-        while True:
-            violated = run_world(seed, plan, sums, file, lambda line: print(line, flush=True))
-            if violated:
-                print("\n".join(sums.violations[-violated:]))
-                print(f"again: {_again(seed, plan)}", flush=True)
-            if time.monotonic() >= end_s or (violated and not arguments.go_on):
-                break
-            seed += 1
-    print("\n".join(sums.lines()))
+    try:
+        with path.open("a") as file:
+            while True:
+                violated = run_world(seed, plan, sums, file, lambda line: print(line, flush=True))
+                if violated:
+                    print("\n".join(sums.violations[-violated:]))
+                    print(f"again: {_again(seed, plan)}", flush=True)
+                if time.monotonic() >= end_s or (violated and not arguments.go_on):
+                    break
+                seed += 1
+    finally:
+        print("\n".join(sums.lines()))
     return 1 if sums.violations else 0
 
 
