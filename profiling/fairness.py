@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -234,6 +235,7 @@ def main() -> None:
         name, seed, run_dir, pages, seconds, tier = asked.role
         role(name, int(seed), Path(run_dir), pages, float(seconds), tier)
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # or the node would be left behind
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
     changes = {
         "chunk_tokens": CHUNK_TOKENS,
