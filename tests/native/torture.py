@@ -34,7 +34,7 @@ from lmpipe.shm.session import Session, SessionDir
 from lmpipe.shm.slots import SlotOwner, SlotTable
 
 SLOTS, PAYLOAD_BYTES, PAGES = 6, 64 * 1024, 8
-LOST_S = 30.0
+LOST_S = 80.0
 IDLE_S = 20e-6
 """What has nothing to do leaves the processor to the others: there may be more of them than processors."""
 MAIL_WORDS = 4
