@@ -100,7 +100,8 @@ def main() -> None:
     parser.add_argument("--disk", type=Path, default=Path("out"))
     options = parser.parse_args()
     options.disk.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=options.disk) as directory:
+    disk = options.disk.resolve()
+    with tempfile.TemporaryDirectory(dir=disk) as directory:
         faults = IoFaults(Path(directory))
         os.environ.update(faults.environment)
         ssd = {
