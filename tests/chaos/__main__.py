@@ -18,7 +18,7 @@ from .run import Plan, run_world
 def main() -> int:
     """Run worlds; 1 when an invariant was violated."""
     arguments = _parse()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the world is ended on the way out
+    signal.signal(signal.SIGTERM, _leave)
     if arguments.list:
         for fault in FAULTS.values():
             print(f"{fault.name:18} {fault.weight:3}  {(fault.act.__doc__ or '').strip().splitlines()[0]}")
@@ -42,6 +42,12 @@ def main() -> int:
     finally:
         print("\n".join(sums.lines()))
     return 1 if sums.violations else 0
+
+
+def _leave(*_: object) -> None:
+    """Once: the world is ended on the way out, and nothing may get in between."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(143)
 
 
 def _again(seed: int, plan: Plan) -> str:
