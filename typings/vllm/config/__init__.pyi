@@ -32,6 +32,7 @@ class ModelConfig:
 
 class SchedulerConfig:
     enable_chunked_prefill: bool
+    async_scheduling: bool | None
 
 class CacheConfig:
     block_size: int
