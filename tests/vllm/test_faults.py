@@ -53,8 +53,9 @@ def saved(engine: Engine, prompt: list[int], tier: str, node: Node) -> None:
     engine.reset_prefix_cache()
 
 
-@pytest.mark.parametrize("company", [False, True], ids=["alone", "in company"])
-@pytest.mark.parametrize("come", [0, 1, 3, "raise"])
+@pytest.mark.parametrize(
+    ("come", "company"), [(0, False), (1, False), (3, False), ("raise", False), (1, True), ("raise", True)]
+)
 def test_a_load_that_fails(
     whole: Engine, node: Node, plain: EngineProcess, monkeypatch: pytest.MonkeyPatch, come: int | str, company: bool
 ) -> None:
