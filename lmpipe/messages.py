@@ -3,7 +3,7 @@
 A message is a header frame and one frame for each array:
 
     +------------------------------------------------------------------+
-    | {"v":1,"type":"Save","session":7,"save_id":3, …,                 |  frame 0, JSON, at most 1 MiB
+    | {"v":2,"type":"Save","session":7,"save_id":3, …,                 |  frame 0, JSON, at most 1 MiB
     |  "arrays":[["chunks","chunk",[16]],["page_ids","i4",[16,32]]]}   |  name, dtype, shape: all of them, in this order
     +------------------------------------------------------------------+
     | 16 chunk records of 72 bytes (handles.py)                        |  frame 1, C order, little-endian
@@ -255,12 +255,13 @@ class Saved(Message):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SaveDropped(Message):
-    """The tier did not take the chunks."""
+    """The tier did not take the chunks. `again`: because it is down; it is sent them again when it is not."""
 
     save_id: _Id
     tier: Tier
     reason: _Reason
     chunks: _Chunks
+    again: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Annotated, Any, Generic, Literal, TypeVar, Union, get_args, get_type_hints
+from typing import Annotated, Any, Generic, TypeVar, Union, get_args, get_type_hints
 
 import msgspec
 import numpy as np
@@ -21,7 +21,7 @@ from msgspec import Meta
 
 from lmpipe.errors import MessageError
 
-VERSION = 1
+VERSION = 2
 MAX_HEADER_BYTES = 1 << 20
 MAX_FRAMES = 8
 MAX_TEXT = 512
@@ -80,7 +80,11 @@ class _Codec(Generic[M]):
         types = [(name, via[name].header | None if name in via else hints[name]) for name in self.plain]
         self.header = msgspec.defstruct(
             cls.__name__,
-            [("v", Literal[1]), *types, ("arrays", Annotated[list[_Row], Meta(max_length=MAX_FRAMES)])],
+            [
+                ("v", Annotated[int, Meta(ge=VERSION, le=VERSION)]),
+                *types,
+                ("arrays", Annotated[list[_Row], Meta(max_length=MAX_FRAMES)]),
+            ],
             tag_field="type",
             tag=cls.__name__,
             forbid_unknown_fields=True,

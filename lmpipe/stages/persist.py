@@ -124,13 +124,13 @@ class Persist:
             elif self._context.now_s() < self._down_since_s + GRACE_S:
                 self._orphans.append(message.chunks)
             else:
-                self._dropped(Tier.REMOTE, "replicate is down", message.chunks)
+                self._dropped(Tier.REMOTE, "replicate is down", message.chunks, again=True)
         self._queue.extend(_Chunk(message.segment, record) for record in message.chunks)
 
-    def _dropped(self, tier: Tier, reason: str, chunks: ChunkRecords) -> None:
+    def _dropped(self, tier: Tier, reason: str, chunks: ChunkRecords, *, again: bool = False) -> None:
         if len(chunks):
             self._context.count("dropped_chunks", len(chunks))
-            self._links.up("save", m.SaveDropped(self._session, 0, tier, reason, chunks))
+            self._links.up("save", m.SaveDropped(self._session, 0, tier, reason, chunks, again))
 
     def _persisted(self, chunks: ChunkRecords) -> None:
         if len(chunks):
@@ -183,7 +183,7 @@ class Persist:
             self._context.count("written_chunks", count)
             self._context.count("written_bytes", int(written.records["nbytes"].sum()))
             self._unsettled.update(zip(written.records["place"].tolist(), reading.records[:count], strict=True))
-            self._dropped(Tier.SSD, written.reason, reading.records[count:])
+            self._dropped(Tier.SSD, written.reason, reading.records[count:], again=written.down)
             self._evicted(written.evicted)
             if settled is not None:
                 self._settled(settled)
@@ -198,7 +198,8 @@ class Persist:
         waiting, self._unsettled = self._unsettled, {}
         taken = [waiting.pop(place) for place in settled.records["place"].tolist() if place in waiting]
         self._persisted(_joined(taken))
-        self._dropped(Tier.SSD, settled.reason or "lost", _joined(list(waiting.values())))
+        lost = settled.down or not settled.reason  # what a failing disk did not confirm
+        self._dropped(Tier.SSD, settled.reason or "lost", _joined(list(waiting.values())), again=lost)
         self._evicted(settled.evicted)
 
     def _invalidate(self, forget: _Forget) -> None:
@@ -258,7 +259,7 @@ class Persist:
         if self._orphans and self._context.now_s() >= self._down_since_s + GRACE_S:
             orphans, self._orphans = self._orphans, []
             for chunks in orphans:
-                self._dropped(Tier.REMOTE, "replicate is down", chunks)
+                self._dropped(Tier.REMOTE, "replicate is down", chunks, again=True)
         self._tier.tick()
         self._landings.tick()
         self._context.gauge("rows", self._tier.rows)

@@ -107,10 +107,10 @@ class Replicate:
             reading.release()
             self._dropped("evicted before it was written", reading)
 
-    def _dropped(self, reason: str, reading: Reading) -> None:
+    def _dropped(self, reason: str, reading: Reading, *, again: bool = False) -> None:
         chunks = reading.records if len(reading.records) else reading.stale
         self._context.count("dropped_chunks", len(chunks))
-        self._links.up("save", m.SaveDropped(self._session, 0, Tier.REMOTE, reason, chunks))
+        self._links.up("save", m.SaveDropped(self._session, 0, Tier.REMOTE, reason, chunks, again))
 
     def _put(self, reading: Reading) -> None:
         nbytes = int(reading.records["nbytes"][0])
@@ -124,7 +124,7 @@ class Replicate:
                 raise ProtocolViolation("a hold was lost while its chunk was sent")
             reading.release()
             if stored.reason:
-                self._dropped(stored.reason, reading)
+                self._dropped(stored.reason, reading, again=stored.down)
             else:
                 self._context.count("written_chunks")
                 self._context.count("written_bytes", nbytes)

@@ -44,6 +44,8 @@ class Stored:
     """Why the others are not."""
     evicted: ChunkRecords = field(default_factory=lambda: np.empty(0, CHUNK))
     """Chunks the tier gave up to make room: their rows are gone."""
+    down: bool = False
+    """Whether `reason` is the tier's own trouble, so that they may be offered again."""
 
 
 @dataclass(frozen=True, slots=True)

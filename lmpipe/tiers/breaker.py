@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 FAILURES = 3
 """So many in a row open the circuit."""
-OPEN_S = (1.0, 60.0)
+OPEN_S = (1.0, 30.0)
 """How long it stays open at first and at most; it doubles with every trial that fails."""
 
 

@@ -114,7 +114,7 @@ class RemoteTier:
             pass  # the name is the content's: another node was faster
         except TierDown as error:
             self._end_put(room)
-            return Stored(reason=str(error), evicted=evicted)
+            return Stored(reason=str(error), evicted=evicted, down=True)
         failpoints.hit("remote.put.stored")
         if not self._index.put_records(_one(clean)):
             self._end_put(room)

@@ -109,12 +109,12 @@ class SsdTier:
             evicted: list[ChunkRecords] = []
             placed = records.copy()
             if self.read_only and self._clock() < self._retry_at_s:
-                return Stored(reason=self.read_only)
+                return Stored(reason=self.read_only, down=True)
             pieces = [
                 self._hashers.submit(digests, payload[: int(n)], piece_lengths(int(n)))
                 for payload, n in zip(payloads, records["nbytes"], strict=True)
             ]
-            done, reason = 0, ""
+            done, reason, down = 0, "", False
             try:
                 failpoints.hit("ssd.write.begun")
                 self._pay_forgets(evicted)
@@ -130,12 +130,12 @@ class SsdTier:
                 failpoints.hit("ssd.write.written")
                 self._worked()
             except OSError as error:
-                reason = self._fail(error)
+                reason, down = self._fail(error), True
             for piece in pieces[done:]:
                 piece.cancel()
             wait(pieces)  # no thread of ours looks at the payloads any more
             self._written.append(placed[:done])
-            return Stored(placed[:done], reason, join(evicted))
+            return Stored(placed[:done], reason, join(evicted), down)
 
     def settle(self) -> Stored:
         """Make what was written survive, as far as the flush policy asks, and give it its rows.
@@ -144,7 +144,7 @@ class SsdTier:
         """
         with self._lock:
             written, self._written = join(self._written), []
-            reason = ""
+            reason, down = "", False
             if len(written) and self._flush != "none" and self._open is not None:
                 try:
                     failpoints.hit("ssd.settle.begun")
@@ -152,7 +152,8 @@ class SsdTier:
                 except OSError as error:
                     # What the disk did not confirm is not acknowledged; sealed files were flushed when they were
                     # sealed.
-                    written, reason = written[written["place"] >> 32 != self._open.number], self._fail(error)
+                    written = written[written["place"] >> 32 != self._open.number]
+                    reason, down = self._fail(error), True
             failpoints.hit("ssd.settle.flushed")
             evicted: list[ChunkRecords] = []
             try:
@@ -160,7 +161,7 @@ class SsdTier:
                     if not self._reclaim(evicted):
                         written, reason = written[:0], "the index is full"
             except OSError as error:
-                written, reason = written[:0], self._fail(error)
+                written, reason, down = written[:0], self._fail(error), True
             gone = ~np.isin(written["place"] >> 32, list(self._files))
             if gone.any():  # its own file was given up for the room, and the row goes with all its shards
                 lost = set(index_keys(written[gone]))
@@ -168,11 +169,12 @@ class SsdTier:
                 self._delete_rows(list(lost), None)
                 written, reason = written[~gone], "evicted at once"
             early, self._settled = self._settled, []
-            parts = [*early, Stored(written, reason, join(evicted))]
+            parts = [*early, Stored(written, reason, join(evicted), down)]
             return Stored(
                 join([part.records for part in parts]),
                 next((part.reason for part in parts if part.reason), ""),
                 join([part.evicted for part in parts]),
+                any(part.down for part in parts),
             )
 
     def _segment_for(self, blocks: int, evicted: list[ChunkRecords]) -> OpenSegment | None:
@@ -184,19 +186,11 @@ class SsdTier:
         if self._open is None:
             while self.used_bytes + self._segment_bytes > self.capacity_bytes and self._reclaim(evicted):
                 pass
-            try:
-                self._create()
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not self._reclaim(evicted):
-                    raise
-                self._create()
+            number = max(self._files, default=0) + 1
+            self._open = OpenSegment.create(self.directory, number, self._segment_bytes)
+            self.direct = self._open.direct
+            self._files[number] = self._segment_bytes
         return self._open
-
-    def _create(self) -> None:
-        number = max(self._files, default=0) + 1
-        self._open = OpenSegment.create(self.directory, number, self._segment_bytes)
-        self.direct = self._open.direct
-        self._files[number] = self._segment_bytes
 
     def _seal(self) -> None:
         segment, self._open = self._open, None

@@ -101,7 +101,7 @@ def test_fault_01_a_message_that_is_none_is_refused_and_counted(node: Node, stra
         [save[0]],
         [*save, b"one frame too many"],
         [save[0], save[1][:-1], *save[2:]],
-        [save[0].replace(b'"v":1', b'"v":2'), *save[1:]],
+        [save[0].replace(b'"v":2', b'"v":3'), *save[1:]],
         [save[0].replace(b'"Save"', b'"Format"'), *save[1:]],
         [save[0].replace(b'"save_id":3', b'"save_id":-3'), *save[1:]],
         [b"x"] * 300,

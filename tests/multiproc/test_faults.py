@@ -238,7 +238,7 @@ def test_fault_08_the_bytes_of_a_pickle_are_refused_unread(node: Node, tmp_path:
             socket = context.socket(zmq.DEALER)
             socket.linger = 0
             socket.connect(ends[channel])
-            for frames in ([bomb], [b'{"v":1,"type":"Save"}', bomb], [bomb, bomb]):
+            for frames in ([bomb], [b'{"v":2,"type":"Save"}', bomb], [bomb, bomb]):
                 socket.send_multipart(frames)
                 assert socket.poll(WAIT_S * 1000), f"{stage}.{channel} does not answer"
                 assert isinstance(m.decode(socket.recv_multipart()), m.Refused)

@@ -104,3 +104,33 @@ def test_who_saves_most_does_not_hold_up_the_others(bench: Bench) -> None:
     bench.outflow.restart()
     bench.outflow.pump()
     assert sorted(bench.answer_all()) == sorted(numbers), "the stage below is another one: all of it again"
+
+
+def test_what_a_tier_that_is_down_refused_goes_again_a_few_at_a_time(bench: Bench) -> None:
+    for number in range(SLOTS):
+        bench.outflow.add(names_of(saved(bench.dram, number)))
+    bench.outflow.pump()
+
+    def refuse() -> int:
+        sent, bench.sent = bench.sent, []
+        for record in sent:
+            (name,) = names_of(record.reshape(1))
+            assert bench.outflow.answered(name, int(record["place"]), 1, again=True) == SAVER, "told each time"
+        bench.outflow.pump()
+        return len(sent)
+
+    assert refuse() == SLOTS and bench.outflow.waiting == 0, "nobody has to wait for a tier that is down"
+    assert bench.dram.unpersisted == SLOTS
+    for _ in range(3):
+        bench.outflow.try_again()
+        bench.outflow.pump()
+        assert refuse() == GROUP_CHUNKS
+    saved(bench.dram, SLOTS)  # in the place of what was least recent
+    sent: list[list[int]] = []
+    while bench.dram.unpersisted > 1:
+        bench.outflow.try_again()
+        bench.outflow.pump()
+        sent.append(bench.answer_all())
+        bench.sent.clear()
+    assert len(sent) == 3 and len(sent[0]) == GROUP_CHUNKS and sum(map(len, sent)) == SLOTS - 1, "more and more"
+    assert {number for numbers in sent for number in numbers} < set(range(SLOTS)), "once each, but for what is gone"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -27,6 +28,7 @@ from lmpipe.messages import (
 )
 from lmpipe.stages.persist import GRACE_S
 from lmpipe.stages.reads import CAUTION, READS_AT_ONCE
+from lmpipe.tiers.segment_file import OpenSegment
 
 Open = Callable[..., AbstractContextManager[Chain]]
 
@@ -68,6 +70,7 @@ def test_known_and_vanished_chunks_are_answered_too(chain_of: Open) -> None:
         assert keys(of(heard, Persisted)) == {record["key"].tobytes() for record in records[:3]}
         (dropped,) = of(heard, SaveDropped)
         assert dropped.tier is Tier.SSD and "evicted" in dropped.reason and len(dropped.chunks) == 1
+        assert not dropped.again
         assert chain.seats["persist"].counts["written_chunks"] == 3
 
 
@@ -214,9 +217,29 @@ def test_without_replicate_its_part_is_dropped_with_a_reason(chain_of: Open) -> 
         heard += chain.run()
         (dropped,) = of(heard, SaveDropped)
         assert dropped.tier is Tier.REMOTE and dropped.reason == "replicate is down" and len(dropped.chunks) == 2
+        assert dropped.again
         assert len(keys(of(heard, Persisted))) == 2
         chain.load(chain.stored("persist", records), writer="persist")
         assert len(keys(of(chain.run(), Loaded))) == 2
+
+
+@pytest.mark.parametrize("broken", ["append", "flush", "seal"])
+def test_what_a_failing_disk_did_not_take_may_come_again(
+    chain_of: Open, broken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise OSError(errno.EIO, "no")
+
+    with chain_of(flush="each") as chain:
+        records = chain.committed(90, 70_000)
+        with monkeypatch.context() as patch:
+            patch.setattr(OpenSegment, broken, fails)
+            chain.save(records)
+            heard = chain.run()
+        dropped = of(heard, SaveDropped)
+        assert dropped and all(message.again for message in dropped)
+        assert len(keys(dropped)) + len(keys(of(heard, Persisted))) == 90
+        assert len(chain.stored("persist", records)) == len(keys(of(heard, Persisted)))
 
 
 def test_a_restart_finds_what_was_persisted(chain_of: Open) -> None:

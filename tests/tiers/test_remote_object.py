@@ -146,7 +146,8 @@ def test_capacity_is_kept_oldest_first(tiers: Tiers) -> None:
     small = tiers.open(capacity=200_000)
     save(small, chunks(1, seed=3))
     assert small.used_bytes <= 200_000 and loads(small, records[-1]) and not loads(small, records[10])
-    assert "larger than the tier" in small.put(chunks(1, 300_000)[0], memoryview(bytes(300_000))).reason
+    refused = small.put(chunks(1, 300_000)[0], memoryview(bytes(300_000)))
+    assert "larger than the tier" in refused.reason and not refused.down
 
 
 def test_capacity_is_kept_by_threads_that_store_at_the_same_time(tiers: Tiers, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,7 +244,8 @@ def test_a_store_that_is_down_is_an_answer(tiers: Tiers, monkeypatch: pytest.Mon
     record = chunks(1)[0]
     for _ in range(FAILURES):
         assert tier.put(record, payload(record)).reason
-    assert tier.down and tier.put(record, payload(record)).reason == tier.down
+    refused = tier.put(record, payload(record))
+    assert refused.reason == tier.down and refused.down
     assert tier.find(record) is None
     with pytest.raises(TierDown):
         tier.get(record, memoryview(bytearray(5000)))

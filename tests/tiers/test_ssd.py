@@ -341,7 +341,7 @@ def test_a_failing_disk_makes_it_read_only_for_a_while(tier_at: Open, monkeypatc
                 patch.setattr(OpenSegment, "append", broken)
                 patch.setattr(OpenSegment, "seal", broken)
                 written = tier.write(records[2:3], payloads(records[2:3]))
-                assert errno.errorcode[code] in written.reason and not len(written.records)
+                assert errno.errorcode[code] in written.reason and written.down and not len(written.records)
                 assert tier.read_only == written.reason
                 assert loads(tier, records[0])
             assert tier.write(records[2:3], payloads(records[2:3])).reason == tier.read_only  # not yet tried again
@@ -362,27 +362,32 @@ def test_a_flush_that_fails_acknowledges_nothing(tier_at: Open, monkeypatch: pyt
         with monkeypatch.context() as patch:
             patch.setattr(OpenSegment, "flush", broken)
             settled = tier.settle()
-        assert not len(settled.records) and settled.reason == "EIO: no" and tier.find(records[0]) is None
+        assert (
+            not len(settled.records) and settled.reason == "EIO: no" and settled.down and tier.find(records[0]) is None
+        )
         clock[0] += 100
         save(tier, records)
 
 
-def test_a_full_disk_costs_the_oldest_file(tier_at: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    create, tries = OpenSegment.create, [0]
+def test_a_full_disk_costs_nothing_that_is_stored(tier_at: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(directory: Path, number: int, nbytes: int) -> OpenSegment:
+        raise OSError(errno.ENOSPC, "full")
 
-    def full_once(directory: Path, number: int, nbytes: int) -> OpenSegment:
-        tries[0] += 1
-        if tries[0] == 1:
-            raise OSError(errno.ENOSPC, "full")
-        return create(directory, number, nbytes)
-
+    stored, more = chunks(40, seed=1), chunks(1)
     with tier_at() as tier:
-        save(tier, chunks(40, seed=1))
+        save(tier, stored)
     with tier_at() as tier:
-        monkeypatch.setattr(OpenSegment, "create", full_once)
-        written = tier.write(chunks(1), payloads(chunks(1)))
-        assert len(written.records) == 1 and not written.reason
-        assert len(written.evicted) > 0 and not tier.read_only
+        with monkeypatch.context() as patch:
+            patch.setattr(OpenSegment, "create", full)
+            for _ in range(3):
+                clock[0] += 100
+                written = tier.write(more, payloads(more))
+                assert written.down and written.reason == tier.read_only == "ENOSPC: full"
+                assert not len(written.records) and not len(written.evicted)
+        assert all(loads(tier, record) for record in stored)
+        clock[0] += 100
+        save(tier, more)
+        assert not tier.read_only and all(loads(tier, record) for record in stored)
 
 
 def test_a_full_index_costs_the_oldest_file_too(tier_at: Open) -> None:
@@ -397,8 +402,8 @@ def test_a_full_index_costs_the_oldest_file_too(tier_at: Open) -> None:
 def test_a_chunk_larger_than_a_segment_is_refused(tier_at: Open) -> None:
     records = chunks(1, SEGMENT_BYTES)
     with tier_at() as tier:
-        assert "larger than a segment" in tier.write(records, payloads(records)).reason
-        assert not tier.read_only
+        written = tier.write(records, payloads(records))
+        assert "larger than a segment" in written.reason and not written.down and not tier.read_only
 
 
 def test_memory_must_be_aligned(tier_at: Open) -> None:

@@ -197,15 +197,15 @@ class Gather:
 
     def _refused_below(self, message: m.SaveDropped) -> None:
         self._context.count(f"refused_{message.tier}_chunks", len(message.chunks))
-        for saver, part in self._answered(message.tier, message.chunks).items():
+        for saver, part in self._answered(message.tier, message.chunks, again=message.again).items():
             engine = self._producers.get(saver)
             if engine is not None:
                 self._context.reply(engine.peer, m.SaveDropped(self._session, 0, message.tier, message.reason, part))
 
-    def _answered(self, tier: Tier, chunks: ChunkRecords) -> dict[SessionId, ChunkRecords]:
+    def _answered(self, tier: Tier, chunks: ChunkRecords, *, again: bool = False) -> dict[SessionId, ChunkRecords]:
         by_saver: dict[SessionId, list[int]] = defaultdict(list)
         for at, (name, place) in enumerate(zip(names_of(chunks), chunks["place"].tolist(), strict=True)):
-            saver = self._outflow.answered(name, place, PENDING[tier])
+            saver = self._outflow.answered(name, place, PENDING[tier], again=again)
             if saver:
                 by_saver[saver].append(at)
         failpoints.hit("gather.outflow.answered")
@@ -391,6 +391,7 @@ class Gather:
         self._holds.refresh()
         self._bury_flights()
         self._ask_again()
+        self._outflow.try_again()
         self._dram.tick()
         self._recoder.retry()
         arena = self._dram.arena

@@ -1,5 +1,5 @@
 """What DRAM has and the tiers below do not have yet: sent down in a bounded window, and sent again when the stage below
-starts anew.
+starts anew, or when a tier that was down may take it.
 
 The pending bits in the slot headers are the truth and outlive gather; this is the queue over them. Whoever saves most
 does not hold up what others have saved: each saver has a turn.
@@ -7,9 +7,10 @@ does not hold up what others have saved: each saver has a turn.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 
@@ -35,6 +36,15 @@ class _Sent:
     """When `resend` saw it first."""
 
 
+@dataclass(slots=True)
+class _Refused:
+    """What a tier that is down did not take."""
+
+    names: dict[Name, None] = field(default_factory=dict[Name, None])
+    tried: int = GROUP_CHUNKS
+    """So many go to it next: twice as many as the last time, unless it refused one of them."""
+
+
 class Outflow:
     """`send` hands records to the stage below; False: it takes no more now."""
 
@@ -43,10 +53,12 @@ class Outflow:
         self._backlog: dict[SessionId, deque[Name]] = {}
         """By who saved them, none of them empty; whose turn it is stands first."""
         self._sent: dict[Name, _Sent] = {}
+        self._refused: defaultdict[int, _Refused] = defaultdict(_Refused)
+        """By the bit of the tier."""
 
     @property
     def waiting(self) -> int:
-        """Chunks not answered by every tier below."""
+        """Chunks not answered by every tier below; without those that wait for a tier that is down."""
         return sum(map(len, self._backlog.values())) + len(self._sent)
 
     def add(self, names: list[Name]) -> None:
@@ -97,11 +109,15 @@ class Outflow:
                 failpoints.hit("gather.outflow.sent")
         return moved
 
-    def answered(self, name: Name, place: int, bit: int) -> SessionId | None:
+    def answered(self, name: Name, place: int, bit: int, *, again: bool = False) -> SessionId | None:
         """A tier took or refused the chunk that was sent from a place. Returns the session that saved it, once for each
-        tier.
+        tier. `again`: the tier is down, the chunk stays pending and `try_again` sends it.
         """
-        self._dram.answered(name[0], name[1], place, bit)
+        if again:
+            self._refused[bit].names[name] = None
+            self._refused[bit].tried = GROUP_CHUNKS
+        else:
+            self._dram.answered(name[0], name[1], place, bit)
         sent = self._sent.get(name)
         if sent is None or not sent.bits & bit:
             return None
@@ -121,6 +137,17 @@ class Outflow:
                 late.append(name)
         self._put_back(late)
         return len(late)
+
+    def try_again(self) -> None:
+        """To be called every second: a few of what a tier refused because it was down, more when it takes them."""
+        for bit, refused in self._refused.items():
+            names = list(islice(refused.names, refused.tried))
+            for name in names:
+                del refused.names[name]
+            if len(refused.names) > LEAST_BACKLOG:
+                refused.names = {name: None for name in refused.names if self._bits(name) & bit}
+            refused.tried = min(2 * refused.tried, LEAST_BACKLOG)
+            self.add([name for name in names if self._bits(name) & bit])
 
     def restart(self) -> None:
         """The stage below is another one now: everything unanswered goes again."""
