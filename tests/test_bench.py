@@ -27,6 +27,7 @@ EXPECTED = {
     "rebuild": {"SSD, 200 records of 8 MiB, with footers", "DRAM, 0.015625 GiB, 64 slots: 64 rows"},
     "ttft": {"cold, lmpipe attached", "warm from DRAM", "warm from SSD", "warm from the remote tier"},
     "vllm": {"1K, cold, lmpipe attached", "1K, lmpipe, DRAM", "1K, lmpipe, SSD", "mixed, lmpipe"},
+    "vllm-kill": {"gather killed in a load", "supervisor back, until hits are", "wrong first tokens"},
 }
 
 

@@ -17,8 +17,10 @@ SUMMARIES = {
     "rebuild": "the SSD's index from its files, DRAM's from the arena's headers, by what they hold",
     "ttft": "time to first token of the demo's model: without lmpipe, cold with it, warm from each tier",
     "vllm": "the same in real vLLM engines, against vLLM's own prefix cache; a mixed workload with and without lmpipe",
+    "vllm-kill": "vLLM's first token when an lmpipe process is killed in a load or a save, and when hits are back",
 }
 """What each benchmark measures, by name."""
 
-NEEDS = {"vllm": ("vllm", "`make setup-vllm` makes an environment that has it: .venv-vllm/bin/lmpipe bench vllm")}
+_VLLM = ("vllm", "`make setup-vllm` makes an environment that has it: .venv-vllm/bin/lmpipe bench vllm")
+NEEDS = {"vllm": _VLLM, "vllm-kill": _VLLM}
 """Packages that not every environment has, and what to do about it; without them "all" leaves the benchmark out."""

@@ -53,7 +53,7 @@ class Engine:
     """A producer with memory; every prompt is `PROMPT_CHUNKS` long and has a number."""
 
     def __init__(self, node: Node) -> None:
-        self._node, self._pages = node, PagedEngine(LAYOUT, 4 * PROMPT_CHUNKS * LAYOUT.chunk_pages(CHUNK_TOKENS))
+        self._pages = PagedEngine(LAYOUT, 4 * PROMPT_CHUNKS * LAYOUT.chunk_pages(CHUNK_TOKENS))
         self.producer: Producer = node.producer(LAYOUT, name="bench")
         if not self.producer.wait_ready(PATIENCE_S):
             raise RuntimeError(f"the producer is {self.producer.state}: {self.producer.reason}")
@@ -82,17 +82,6 @@ class Engine:
         found = self.producer.lookup(self.prompt(number))
         result = self.producer.load(found, self._pages.pool, self._ids[: found.chunks], deadline_ms=DEADLINE_MS)
         return result.chunks == PROMPT_CHUNKS
-
-    def forget_in(self, *tiers: Tier) -> None:
-        """Leave all that was saved to the tiers below."""
-        ends = self._node.info.endpoints["gather"]
-        client, poller = Client({"load": ends["load"], "save": ends["save"]}), Poller()
-        poller.register(client)
-        try:
-            until(lambda: client.send("save", Invalidate(SessionId(1), 1, tiers=list(tiers))))
-            until(lambda: (poller.poll(50), isinstance(client.recv(), Invalidated))[1])
-        finally:
-            client.close()
 
     def lost(self) -> int:
         """Chunks that were acknowledged and are in no tier."""
@@ -155,7 +144,7 @@ def _changes(setting: Setting, place: Path) -> dict[str, Any]:
 
 def _worker(node: Node, engine: Engine, worker: str, turn: int) -> float:
     if worker != "gather":
-        engine.forget_in(Tier.DRAM, Tier.SSD) if worker == "replicate" else engine.forget_in(Tier.DRAM)
+        forget_in(node, *((Tier.DRAM, Tier.SSD) if worker == "replicate" else (Tier.DRAM,)))
     pid, began_s = node.kill(worker), time.monotonic()
     until(lambda: engine.save(1000 + turn) if worker == "gather" else engine.loads(0))
     took_s = time.monotonic() - began_s
@@ -183,7 +172,7 @@ def _everything(setting: Setting, node: Node, engine: Engine, runs: int) -> list
     ready_s: list[float] = []
     loaded_s: list[float] = []
     for _ in range(runs):
-        engine.forget_in(Tier.DRAM)
+        forget_in(node, Tier.DRAM)
         node.kill("all")
         began_s = time.monotonic()
         node.start()
@@ -194,6 +183,18 @@ def _everything(setting: Setting, node: Node, engine: Engine, runs: int) -> list
         Figure.of("everything killed, ready", ready_s, "s"),
         Figure.of("everything killed, loaded from SSD", loaded_s, "s"),
     ]
+
+
+def forget_in(node: Node, *tiers: Tier) -> None:
+    """Leave all that was saved to the other tiers."""
+    ends = node.info.endpoints["gather"]
+    client, poller = Client({"load": ends["load"], "save": ends["save"]}), Poller()
+    poller.register(client)
+    try:
+        until(lambda: client.send("save", Invalidate(SessionId(1), 1, tiers=list(tiers))))
+        until(lambda: (poller.poll(50), isinstance(client.recv(), Invalidated))[1])
+    finally:
+        client.close()
 
 
 def until(done: Callable[[], object]) -> None:

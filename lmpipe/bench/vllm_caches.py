@@ -69,6 +69,11 @@ class LmpipeCache(Cache):
         self._chunk_tokens = self._top.topology.chunk_tokens
         self._wanted_rows = 0
 
+    @property
+    def node(self) -> Node:
+        """The one that is saved into."""
+        return self._top
+
     def savers(self) -> Sequence[Plan]:
         self._used = [self._top]
         return [Plan("cold, lmpipe attached", lmpipe_options(self._top), goal=COLD)]

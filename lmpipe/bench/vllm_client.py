@@ -107,12 +107,16 @@ class Engine(AskedProcess):
         got = self.ask({"op": "generate", "prompts": prompts, "new_tokens": new_tokens}, ANSWER_S)
         return Answers(got["seconds"], got["tokens"], got["cached"])
 
-    def first_token(self, prompt: Sequence[int]) -> Answers:
-        """The first token of one prompt, from an engine that is awake and idle, while all others sleep."""
+    def get_ready(self) -> None:
+        """Awake and idle, while all others sleep."""
         time.sleep(REST_S)
         self._asked += 1
         self.generate([[1 + self._asked % 64] * WAKE_TOKENS], 1)
         time.sleep(IDLE_S)
+
+    def first_token(self, prompt: Sequence[int]) -> Answers:
+        """The first token of one prompt, from an engine that is ready."""
+        self.get_ready()
         return self.generate([prompt], 1)
 
 

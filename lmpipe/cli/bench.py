@@ -29,7 +29,7 @@ lmpipe bench hop --json           one JSON object (of several names a list) and 
 lmpipe bench all --quick          tiny runs that prove that each works; their figures mean nothing
 .venv-vllm/bin/lmpipe bench vllm  where vLLM is; "all" leaves out what cannot run in this environment
 """
-NOTES = "\n".join(f"  {name:8}{summary}" for name, summary in SUMMARIES.items())
+NOTES = "\n".join(f"  {name:10}{summary}" for name, summary in SUMMARIES.items())
 ALL = "all"
 PLOT_S = 120.0
 CLEAN_UP_S = 60.0
@@ -90,7 +90,7 @@ def measure(name: str, *, disk: Path, quick: bool, console: Console) -> list[Fig
     """Run one benchmark, its progress on the console. Raises LmpipeError with the end of what it said when it fails."""
     if package := missing(name):
         raise LmpipeError(f"bench {name} needs {package}: {NEEDS[name][1]}")
-    argv = [sys.executable, "-P", "-m", f"lmpipe.bench.{name}", "--disk", str(disk)]
+    argv = [sys.executable, "-P", "-m", f"lmpipe.bench.{name.replace('-', '_')}", "--disk", str(disk)]
     argv += ["--quick"] * quick
     last: deque[str] = deque(maxlen=12)
     with (

@@ -93,6 +93,28 @@ def test_a_load_that_fails(
     assert cached >= len(longer) // CHUNK * CHUNK
 
 
+def test_a_load_that_fails_for_a_request_that_was_aborted_meanwhile(
+    whole: Engine, node: Node, plain: EngineProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM looks for the failed blocks of living requests only; those of others must not be shared either."""
+    prompt = tokens(4 * CHUNK + 5)
+    saved(whole, prompt, "dram", node)
+    aborted: list[str] = []
+
+    def fail(found: Any, pool: Any, blocks: Any, **how: Any) -> LoadResult:
+        for cache in whole.kv_caches.values():
+            cache[blocks.ravel().tolist()] = 3.0
+        found.release()
+        whole.abort(*aborted)
+        return LoadResult(0, 0, 0, {}, "injected", 0.0)
+
+    with monkeypatch.context() as failing:
+        failing.setattr(producers(whole)[1], "load", fail)
+        aborted.append(whole.add_request(prompt))
+        whole.drain()
+    assert ask(whole, [prompt])[0] == plain.generate([prompt], 8)
+
+
 def test_gather_is_stopped_in_a_load(whole: Engine, node: Node, plain: EngineProcess) -> None:
     prompts = [tokens(5 * CHUNK + 1) for _ in range(3)]
     wanted = plain.generate(prompts, 8)
