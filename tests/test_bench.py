@@ -74,6 +74,12 @@ def test_an_unknown_benchmark_is_wrong_usage(capsys: pytest.CaptureFixture[str])
     assert "lookup" in capsys.readouterr().err
 
 
+def test_what_slows_down_both_of_a_pair_does_not_count() -> None:
+    values, limits = [10.0, 44.0, 12.0], [10.0, 40.0, 10.0]
+    assert Figure.of("first token", values, "ms", limits=limits).ratio == 1.2
+    assert Figure.of("first token", values, "ms", limits=limits, paired=True).ratio == 1.1
+
+
 def test_a_goal_is_about_the_value_or_about_the_ratio() -> None:
     faster = Figure.of("copy", [9.0, 1.0, 10.0], "GB/s", limits=[10.0, 10.0, 10.0], goal=Goal("ratio", ">=", 0.9))
     assert (faster.value, faster.limit, faster.ratio, faster.goal) == (9.0, 10.0, 0.9, "ratio >= 0.9")

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from lmpipe.bench import vllm_mixed, vllm_ttft
+from lmpipe.bench.report import Goal
 from lmpipe.bench.vllm_caches import Cache
-from lmpipe.bench.vllm_client import Common, Engine, Plan, running
+from lmpipe.bench.vllm_client import Answers, Common, Engine, Plan, running
 from lmpipe.bench.vllm_mixed import Workload
 from lmpipe.bench.vllm_ttft import Prompts
 from lmpipe.demo.asked_process import EngineFailed
@@ -79,6 +80,23 @@ def test_cold_is_compared_with_cold_and_warm_with_the_own_prefix_cache(common: C
     assert (figures["2K, cold, shared"].limit, figures["2K, cold, shared"].ratio) == (1000.0, 1.0)
     assert (figures["2K, shared"].value, figures["2K, shared"].limit) == (500.0, 500.0)
     assert (figures["wrong first tokens"].value, figures["wrong first tokens"].met) == (0, True)
+
+
+def test_engines_take_turns_in_being_first_with_every_size(common: Common, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, str]] = []
+
+    def note(engine: Engine, prompt: list[int]) -> Answers:
+        asked.append((len(prompt) // 1024, engine.name))
+        return engine.generate([prompt], 1)
+
+    monkeypatch.setattr(Engine, "first_token", note)
+    rivals = [("cold, shared", "cold", Goal("ratio", "<=", 1.0))]
+    figures = vllm_ttft.measure(common, [Shared()], PROMPTS, lambda _: None, rivals)
+    cold = asked[: len(asked) // 2]
+    for size in (1, 2):
+        names = [name for asked_size, name in cold if asked_size == size]
+        assert names[::2] == ["plain", "cold, shared"] * 2
+    assert {figure.name for figure in figures if " / " in figure.name} == {f"{n}K, cold, shared / cold" for n in (1, 2)}
 
 
 def test_wrong_tokens_are_counted_in_bf16_and_end_a_run_in_fp32(common: Common) -> None:

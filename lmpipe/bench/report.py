@@ -5,9 +5,9 @@ One shape for all of them:
     {"name": "save", "commit": "1b80d88", "machine": "2 x AMD EPYC, …",
      "figures": [{"name", "value", "unit", "limit", "ratio", "goal", "met", "runs"}, …]}
 
-`limit` is what was measured against, in the same run and unit; `ratio` is value / limit; `goal` is in words, about one
-of the two ("ratio >= 0.9", "value <= 0.5"), null where there is none; `met` is null where nothing is to be judged;
-`runs` is how many measurements the figure is the median of.
+`limit` is what was measured against, in the same run and unit; `ratio` is value / limit, or the median of such ratios
+where measurements go in pairs; `goal` is in words, about one of the two ("ratio >= 0.9", "value <= 0.5"), null where
+there is none; `met` is null where nothing is to be judged; `runs` is how many measurements the figure is the median of.
 """
 
 from __future__ import annotations
@@ -67,11 +67,18 @@ class Figure:
         limits: Sequence[float] = (),
         goal: Goal | None = None,
         quantile: float = 0.5,
+        paired: bool = False,
     ) -> Figure:
-        """The median (or another quantile) of `values`, against that of `limits`."""
+        """The median (or another quantile) of `values`, against that of `limits`.
+
+        `paired`: the ratio is the median of those of the pairs, each taken one just after the other: what slows down
+        the machine for seconds slows down both of a pair.
+        """
         value = quantile_of(values, quantile)
         limit = quantile_of(limits, 0.5) if limits else None
         ratio = value / limit if limit else None
+        if paired and limits:
+            ratio = quantile_of([value / limit for value, limit in zip(values, limits, strict=True)], 0.5)
         met = goal.met(value, ratio) if goal is not None else None
         return cls(name, value, unit, limit, ratio, str(goal) if goal is not None else None, met, len(values))
 

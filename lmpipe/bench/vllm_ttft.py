@@ -70,14 +70,23 @@ class Seen:
     token: int
 
 
-def measure(common: Common, caches: Sequence[Cache], prompts: Prompts, say: Callable[[str], None]) -> list[Figure]:
-    """Cold, then warm, and the figures. Raises LmpipeError when a prompt was, or was not, found."""
+def measure(
+    common: Common,
+    caches: Sequence[Cache],
+    prompts: Prompts,
+    say: Callable[[str], None],
+    rivals: Sequence[tuple[str, str, Goal]] = (),
+) -> list[Figure]:
+    """Cold, then warm, and the figures; of `rivals`, the first is measured against the second too.
+
+    Raises LmpipeError when a prompt was, or was not, found.
+    """
     run = _Run(common, caches, prompts, say)
     say("starting the engine without a connector")
     with running(common, [Plan("plain")]) as (plain,):
         savers = run.phase("cold", plain)
         loaders = run.phase("warm", plain)
-    figures = [figure for size in prompts.sizes for figure in _figures(run.seen, size, savers, loaders)]
+    figures = [figure for size in prompts.sizes for figure in _figures(run.seen, size, savers, loaders, rivals)]
     judged = {plan.name for plan in (*savers, *loaders) if plan.judged}
     return [*figures, *_wrong(run.seen, judged, strict=common.dtype == "float32")]
 
@@ -85,6 +94,7 @@ def measure(common: Common, caches: Sequence[Cache], prompts: Prompts, say: Call
 class _Run:
     def __init__(self, common: Common, caches: Sequence[Cache], prompts: Prompts, say: Callable[[str], None]) -> None:
         self._common, self._caches, self._prompts, self._say = common, caches, prompts.all(), say
+        self._sizes = prompts.sizes
         self.seen: list[Seen] = []
         self._before: dict[tuple[str, int], list[int]] = {}
         """What an engine was asked last of a size, once all engines are warm."""
@@ -101,7 +111,7 @@ class _Run:
             entrants = [(plain, None), *zip(engines, owners, strict=True)]
             for number, (turn, size, prompt) in enumerate(self._prompts):
                 self._say(f"{name}: {number + 1} of {len(self._prompts)}")
-                first = number % len(entrants)
+                first = number // len(self._sizes) % len(entrants)
                 for engine, owner in [*entrants[first:], *entrants[:first]]:
                     if name == "cold":
                         self._cold(turn, size, prompt, engine, owner)
@@ -134,19 +144,26 @@ class _Run:
         self.seen.append(Seen(turn, size, name, answers.seconds, answers.tokens[0][0]))
 
 
-def _figures(seen: Sequence[Seen], size: int, savers: Sequence[Plan], loaders: Sequence[Plan]) -> list[Figure]:
+def _figures(
+    seen: Sequence[Seen],
+    size: int,
+    savers: Sequence[Plan],
+    loaders: Sequence[Plan],
+    rivals: Sequence[tuple[str, str, Goal]],
+) -> list[Figure]:
     def ms(name: str) -> list[float]:
         return [one.seconds * 1e3 for one in seen if (one.name, one.size) == (name, size) and one.turn >= 0]
 
-    def figure(name: str, against: str = "", goal: Goal | None = None) -> Figure:
-        title = f"{size // 1024}K, {name}"
-        return Figure.of(title, ms(name), "ms", limits=ms(against) if against else (), goal=goal)
+    def figure(name: str, against: str = "", goal: Goal | None = None, title: str = "") -> Figure:
+        title = title or f"{size // 1024}K, {name}"
+        return Figure.of(title, ms(name), "ms", limits=ms(against) if against else (), goal=goal, paired=True)
 
     return [
         figure(COLD),
         *(figure(plan.name, COLD, plan.goal) for plan in savers),
         figure(OWN, COLD),
         *(figure(plan.name, OWN, plan.goal) for plan in loaders),
+        *(figure(one, other, goal, f"{size // 1024}K, {one} / {other}") for one, other, goal in rivals),
     ]
 
 
