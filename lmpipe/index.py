@@ -34,14 +34,7 @@ import numpy as np
 from lmpipe import failpoints
 from lmpipe.errors import SegmentError
 from lmpipe.handles import ChunkRecords, Tier, round_up
-from lmpipe.index_row import INDEX_KEY_BYTES as INDEX_KEY_BYTES
-from lmpipe.index_row import RECORD_BYTES as RECORD_BYTES
-from lmpipe.index_row import index_key as index_key
-from lmpipe.index_row import index_keys as index_keys
-from lmpipe.index_row import is_complete as is_complete
-from lmpipe.index_row import merge_shard as merge_shard
-from lmpipe.index_row import row_records as row_records
-from lmpipe.index_row import rows_only
+from lmpipe.index_row import RECORD_BYTES, index_keys, merge_shard, rows_only
 from lmpipe.rundir import RunDir
 from lmpipe.shm.node import NodeWords
 

@@ -17,16 +17,8 @@ from hypothesis import strategies as st
 
 from lmpipe.errors import SegmentError
 from lmpipe.handles import CHUNK, ChunkRecords, Tier
-from lmpipe.index import (
-    RECORD_BYTES,
-    IndexReader,
-    IndexWriter,
-    index_key,
-    index_keys,
-    is_complete,
-    merge_shard,
-    row_records,
-)
+from lmpipe.index import IndexReader, IndexWriter
+from lmpipe.index_row import RECORD_BYTES, index_key, index_keys, is_complete, merge_shard, row_records
 from lmpipe.shm.node import NodeWords
 
 MAP_BYTES = 1 << 20

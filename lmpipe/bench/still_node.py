@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from lmpipe.handles import CHUNK, ChunkRecords, SessionId, Tier
-from lmpipe.index import IndexWriter, index_keys
+from lmpipe.index import IndexWriter
+from lmpipe.index_row import index_keys
 from lmpipe.keys import GROUP_CHUNKS, Prompt, namespace_id
 from lmpipe.layout import KVLayout
 from lmpipe.lifecycle import SlotEvent

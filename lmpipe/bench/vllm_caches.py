@@ -50,6 +50,10 @@ class Cache:
     def saved(self, tokens: int) -> None:
         """Called when a saver has answered a prompt of so many new tokens: waits until all of it is stored."""
 
+    def pids(self) -> Sequence[int]:
+        """Its processes beside the engines asked for last."""
+        return []
+
     def __enter__(self) -> Cache:
         return self
 
@@ -105,6 +109,11 @@ class LmpipeCache(Cache):
                 return
             time.sleep(STEP_S)
         raise LmpipeError(f"lmpipe has {rows} of {self._wanted_rows} chunks after {SAVED_S:g} s")
+
+    def pids(self) -> Sequence[int]:
+        return [
+            pid for node in self._used for pid in (node.pid("supervisor"), *(p.pid for p in node.status().processes))
+        ]
 
     def _node(self, tier: str) -> Node:
         """Started on copies of what the first node has in this tier and those below."""

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,6 +118,26 @@ class Engine(AskedProcess):
         """The first token of one prompt, from an engine that is ready."""
         self.get_ready()
         return self.generate([prompt], 1)
+
+
+def group_of(leader: int) -> list[int]:
+    """The processes of a process group."""
+    found: list[int] = []
+    for entry in Path("/proc").iterdir():
+        with suppress(ValueError, ProcessLookupError):
+            if os.getpgid(int(entry.name)) == leader:
+                found.append(int(entry.name))
+    return found
+
+
+def processor_s(pids: Sequence[int]) -> float:
+    """Processor time that the living threads of these processes have had."""
+    total_ns = 0
+    for pid in pids:
+        for path in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+            with suppress(OSError):  # a thread may end
+                total_ns += int(path.read_bytes().split()[0])
+    return total_ns / 1e9
 
 
 @contextmanager

@@ -12,6 +12,9 @@ waking up. All other engines have gone to sleep before, which vLLM's do after a 
 Prompts differ from their first token on. Each is whole chunks and a question of 64 tokens behind them, so that whoever
 finds all there is to find computes the same 64 tokens.
 
+Beside the first token stands the processor time of a cold prompt: of the engine, and of the cache's own processes until
+all is stored. What a neighbour on the machine takes from the engine is not in it.
+
 A first token is wrong if it is neither the one computed cold nor the one of the own prefix cache. In fp32 the run fails
 then; in bf16 such tokens are counted, since rounding depends on how a prompt was cut.
 """
@@ -27,10 +30,11 @@ import numpy as np
 
 from lmpipe.bench.report import Figure, Goal
 from lmpipe.bench.vllm_caches import Cache
-from lmpipe.bench.vllm_client import Answers, Common, Engine, Plan, running
+from lmpipe.bench.vllm_client import Answers, Common, Engine, Plan, group_of, processor_s, running
 from lmpipe.errors import LmpipeError
 
 COLD, OWN = "cold", "own prefix cache"
+PROCESSOR = ", processor time"
 NONE = Goal("value", "<=", 0)
 QUESTION_TOKENS = 64
 LEAST_CHUNK = 256
@@ -68,6 +72,8 @@ class Seen:
     name: str
     seconds: float
     token: int
+    processor_s: float = 0.0
+    """Of cold ones."""
 
 
 def measure(
@@ -120,12 +126,18 @@ class _Run:
         return plans
 
     def _cold(self, turn: int, size: int, prompt: list[int], engine: Engine, owner: Cache | None) -> None:
-        answers = engine.first_token(prompt)
+        engine.get_ready()
+        others: Sequence[int] = owner.pids() if owner else ()
+        own = group_of(engine.pid)
+        began_s, others_began_s = processor_s(own), processor_s(others)
+        answers = engine.generate([prompt], 1)
+        spent_s = processor_s(own) - began_s
         if answers.cached[0]:
             raise LmpipeError(f"{engine.name}: {answers.cached[0]} tokens of a new prompt were found")
-        self._note(turn, size, engine.name if owner else COLD, answers)
         if owner:
             owner.saved(size)
+            spent_s += processor_s(others) - others_began_s
+        self._note(turn, size, engine.name if owner else COLD, answers, spent_s)
 
     def _warm(self, turn: int, size: int, prompt: list[int], engine: Engine, owner: Cache | None) -> None:
         # All engines have just done such a computation: none is measured finding its pages and code in memory again.
@@ -140,8 +152,8 @@ class _Run:
             raise LmpipeError(f"{engine.name}: {answers.cached[0]} of {size} tokens were found; its log: {engine.log}")
         self._note(turn, size, engine.name if owner else OWN, answers)
 
-    def _note(self, turn: int, size: int, name: str, answers: Answers) -> None:
-        self.seen.append(Seen(turn, size, name, answers.seconds, answers.tokens[0][0]))
+    def _note(self, turn: int, size: int, name: str, answers: Answers, processor_s: float = 0.0) -> None:
+        self.seen.append(Seen(turn, size, name, answers.seconds, answers.tokens[0][0], processor_s))
 
 
 def _figures(
@@ -152,7 +164,9 @@ def _figures(
     rivals: Sequence[tuple[str, str, Goal]],
 ) -> list[Figure]:
     def ms(name: str) -> list[float]:
-        return [one.seconds * 1e3 for one in seen if (one.name, one.size) == (name, size) and one.turn >= 0]
+        who = name.removesuffix(PROCESSOR)
+        counted = [one for one in seen if (one.name, one.size) == (who, size) and one.turn >= 0]
+        return [(one.processor_s if who != name else one.seconds) * 1e3 for one in counted]
 
     def figure(name: str, against: str = "", goal: Goal | None = None, title: str = "") -> Figure:
         title = title or f"{size // 1024}K, {name}"
@@ -161,6 +175,8 @@ def _figures(
     return [
         figure(COLD),
         *(figure(plan.name, COLD, plan.goal) for plan in savers),
+        figure(COLD + PROCESSOR),
+        *(figure(plan.name + PROCESSOR, COLD + PROCESSOR) for plan in savers),
         figure(OWN, COLD),
         *(figure(plan.name, OWN, plan.goal) for plan in loaders),
         *(figure(one, other, goal, f"{size // 1024}K, {one} / {other}") for one, other, goal in rivals),

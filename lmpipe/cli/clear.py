@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     if not tiers:
         raise NodeError(f"{info.topology.name} has no tier {', '.join(args.tier)}")
     request = Invalidate(new_session(), REF, namespace, tiers)
-    removed = ask(info, request, Invalidated, args.timeout).removed
+    removed = ask(info, request, Invalidated, args.timeout, insist=True).removed
     names = [tier.value for tier in tiers]
     print(
         json.dumps({"removed": removed, "tiers": names})

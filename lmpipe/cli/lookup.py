@@ -16,7 +16,8 @@ from lmpipe.cli.nodes import Subparsers, UsageError, add_node_arguments, add_ver
 from lmpipe.cli.picture import size
 from lmpipe.errors import NodeError
 from lmpipe.handles import Tier
-from lmpipe.index import IndexReader, is_complete, may_map, reader_identity, row_records
+from lmpipe.index import IndexReader, may_map, reader_identity
+from lmpipe.index_row import is_complete, row_records
 from lmpipe.keys import Prompt
 from lmpipe.shm.node import NodeWords
 from lmpipe.topology import NodeInfo

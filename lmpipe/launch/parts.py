@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable
 from functools import cached_property, partial
@@ -27,6 +28,7 @@ from lmpipe.stages.gather import Gather
 from lmpipe.stages.gather.recoding import Coding
 from lmpipe.stages.landing import Landings
 from lmpipe.stages.persist import Persist
+from lmpipe.stages.pool import yield_processor
 from lmpipe.stages.replicate import Replicate
 from lmpipe.stages.transit import Ring, Sources
 from lmpipe.tiers.dram import DramTier
@@ -69,7 +71,8 @@ class Parts:
     def _gather(self, context: Context) -> Stage:
         topology, engines = self._topology, self._topology.engines
         index = self._index(Tier.DRAM)
-        arena = self._owned(self._paths.arena, bytes.fromhex(self._info.arena_id), prefault=True)
+        arena = self._owned(self._paths.arena, bytes.fromhex(self._info.arena_id))
+        threading.Thread(target=_prefault, args=(arena.segment,), name="lmpipe-prefault", daemon=True).start()
         gather = Gather(
             context,
             DramTier(arena, index, self._scanner, time.monotonic),
@@ -174,8 +177,8 @@ class Parts:
     def _ring(self, stage: str) -> Ring:
         return Ring(self._owned(self._paths.ring(stage)), self._session.id, self._scanner, self._sessions)
 
-    def _owned(self, path: Path, segment_id: bytes | None = None, *, prefault: bool = False) -> SlotOwner:
-        return self._closing(SlotOwner(Segment.attach(path, SegmentKind.SLOTS, id=segment_id, prefault=prefault)))
+    def _owned(self, path: Path, segment_id: bytes | None = None) -> SlotOwner:
+        return self._closing(SlotOwner(Segment.attach(path, SegmentKind.SLOTS, id=segment_id)))
 
     def _table(self, path: Path) -> SlotTable:
         return self._closing(SlotTable(Segment.attach(path, SegmentKind.SLOTS)))
@@ -195,3 +198,9 @@ class Parts:
 
 def _flush_interval_s(settings: SsdSettings) -> float | None:
     return settings.flush_interval_ms / 1000 if settings.flush == "interval" else None
+
+
+def _prefault(arena: Segment) -> None:
+    """Beside the work: mapping a large arena takes a second a GiB, and gather need not wait for it to serve again."""
+    yield_processor()
+    arena.prefault()

@@ -22,7 +22,8 @@ from lmpipe.clock import wall_s
 from lmpipe.codecs import CODECS
 from lmpipe.errors import SegmentError
 from lmpipe.handles import CHUNK, ChunkRecords, Tier
-from lmpipe.index import IndexReader, index_key, is_complete, may_map, reader_identity, row_records
+from lmpipe.index import IndexReader, may_map, reader_identity
+from lmpipe.index_row import index_key, is_complete, row_records
 from lmpipe.keys import Prompt
 from lmpipe.producer.rows import AskedIndex, Asking, Index, MappedIndex, Rows
 from lmpipe.producer.shards import run_of_shards

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lmpipe.handles import CHUNK, ChunkRecords
-from lmpipe.index import RECORD_BYTES
+from lmpipe.index_row import RECORD_BYTES
 from lmpipe.producer.rows import Rows
 from lmpipe.producer.wanted import Wanted
 

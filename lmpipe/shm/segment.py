@@ -113,9 +113,7 @@ class Segment:
         return segment
 
     @classmethod
-    def attach(
-        cls, path: Path, kind: SegmentKind, *, id: bytes | None = None, readonly: bool = False, prefault: bool = False
-    ) -> Segment:
+    def attach(cls, path: Path, kind: SegmentKind, *, id: bytes | None = None, readonly: bool = False) -> Segment:
         """Map a segment that somebody made. `id`: which one it has to be.
 
         Raises:
@@ -134,12 +132,9 @@ class Segment:
             _check(path, descriptor, status, kind, id)
             protection = mmap.PROT_READ if readonly else mmap.PROT_READ | mmap.PROT_WRITE
             mapping = _map(path, descriptor, status.st_size, protection)
-            segment = cls(path, kind, mapping, readonly=readonly, inode=(status.st_dev, status.st_ino))
+            return cls(path, kind, mapping, readonly=readonly, inode=(status.st_dev, status.st_ino))
         finally:
             os.close(descriptor)
-        if prefault:
-            _populate(segment.region, 0, segment.nbytes, path, write=not readonly)
-        return segment
 
     @property
     def region(self) -> Region:
@@ -147,6 +142,14 @@ class Segment:
         if self._region is None:
             self._region = Region(self.buf)
         return self._region
+
+    def prefault(self) -> None:
+        """Fault all pages in, which takes a second for some gigabytes; on any thread, until the segment is closed."""
+        region = self.region  # it stays mapped as long as this is
+        for start in range(0, self.nbytes, STEP_BYTES):
+            if self.closed:
+                return
+            _populate(region, start, min(STEP_BYTES, self.nbytes - start), self.path, write=not self.readonly)
 
     @property
     def closed(self) -> bool:
@@ -301,8 +304,7 @@ def _map(path: Path, descriptor: int, nbytes: int, protection: int) -> mmap.mmap
 def _populate(region: Region, offset: int, nbytes: int, path: Path, *, write: bool) -> None:
     """Fault pages in now; a first touch costs several times a copy."""
     try:
-        for start in range(offset, offset + nbytes, STEP_BYTES):
-            populate(region, start, min(STEP_BYTES, offset + nbytes - start), write)
+        populate(region, offset, nbytes, write)
     except OSError as error:
         raise SegmentError(f"{path}: cannot fault in its pages: {os.strerror(error.errno or 0)}") from error
 

@@ -24,7 +24,7 @@ from lmpipe import messages as m
 from lmpipe.codecs import ANY, ChunkCodec, Source
 from lmpipe.errors import CannotEncode, LmpipeError, ProtocolViolation
 from lmpipe.handles import ChunkRecords, Codec, SessionId, Slot, Tier
-from lmpipe.index import index_key
+from lmpipe.index_row import index_key
 from lmpipe.layout import KVLayout
 from lmpipe.shm.table import SlotTable
 from lmpipe.stages.base import Context, Peer

@@ -92,8 +92,7 @@ class Pool:
 
     def _work(self, lane: _Lane) -> None:
         if lane is self._patient:
-            thread = threading.get_native_id()
-            os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + YIELDING)
+            yield_processor()
         while (job := self._next(lane)) is not None:
             with self._spans.span(job.name, job.nbytes, job.chunks):
                 try:
@@ -111,6 +110,12 @@ class Pool:
             while not (self._closed or lane.waiting):
                 lane.changed.wait()
             return None if self._closed else lane.waiting.popleft()
+
+
+def yield_processor() -> None:
+    """From now on the calling thread gives way to others."""
+    thread = threading.get_native_id()
+    os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + YIELDING)
 
 
 class _Lane:

@@ -27,7 +27,8 @@ import numpy as np
 
 from lmpipe import failpoints
 from lmpipe.handles import CHUNK, ChunkRecords, Codec, SessionId, Slot
-from lmpipe.index import IndexWriter, index_key
+from lmpipe.index import IndexWriter
+from lmpipe.index_row import index_key
 from lmpipe.lifecycle import SlotEvent, SlotState
 from lmpipe.shm.slots import SlotOwner
 from lmpipe.tiers.row import Row, encoded_away, fidelity_of, has_expired, place_of

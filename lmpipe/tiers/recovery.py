@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lmpipe.handles import CHUNK, ChunkRecords
-from lmpipe.index import RECORD_BYTES, IndexWriter, index_keys, merge_shard
+from lmpipe.index import IndexWriter
+from lmpipe.index_row import RECORD_BYTES, index_keys, merge_shard
 
 BATCH_ROWS = 8192
 

@@ -26,7 +26,8 @@ from obstore.store import LocalStore, ObjectStore, from_url
 from lmpipe import failpoints
 from lmpipe.errors import ForeignVersion, FormatError, TopologyError
 from lmpipe.handles import BLOCK_BYTES, ChunkRecords
-from lmpipe.index import IndexWriter, index_key, index_keys, row_records
+from lmpipe.index import IndexWriter
+from lmpipe.index_row import index_key, index_keys, row_records
 from lmpipe.tiers import ChunkGone, Recovered, Stored, TierDown, is_as_good, is_same
 from lmpipe.tiers.breaker import Breaker
 from lmpipe.tiers.format import NO_ID, RecordHeader, chunk_header, digests, piece_lengths

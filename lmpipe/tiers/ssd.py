@@ -29,7 +29,8 @@ import numpy.typing as npt
 from lmpipe import failpoints
 from lmpipe.errors import OUT_OF_MEANS, ForeignVersion, FormatError, NodeError
 from lmpipe.handles import BLOCK_BYTES, ChunkRecords, Extent
-from lmpipe.index import IndexWriter, index_key, index_keys, row_records
+from lmpipe.index import IndexWriter
+from lmpipe.index_row import index_key, index_keys, row_records
 from lmpipe.tiers import ChunkGone, Recovered, Stored, TierDown, is_as_good, is_same
 from lmpipe.tiers.directory import lock_directory
 from lmpipe.tiers.format import MAX_KEYS, digests, forget_header, piece_lengths, record_blocks

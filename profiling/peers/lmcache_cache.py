@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from lmpipe.bench.vllm_caches import Cache, connector
-from lmpipe.bench.vllm_client import Plan
+from lmpipe.bench.vllm_client import Plan, group_of
 from lmpipe.errors import LmpipeError
 
 MODES = {
@@ -69,6 +69,9 @@ class LmcacheCache(Cache):
 
     def loaders(self) -> Sequence[Plan]:
         return [Plan(f"LMCache, {self._mode}", self._options(), OFF, judged=False)]
+
+    def pids(self) -> Sequence[int]:
+        return group_of(self._server.pid)
 
     def saved(self, tokens: int) -> None:
         """Its server counts objects, one a chunk, and those that are still being written."""

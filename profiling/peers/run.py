@@ -23,6 +23,7 @@ from lmpipe.bench.report import Goal, Report, table
 from lmpipe.bench.vllm import PROMPTS, common_of, scratch
 from lmpipe.bench.vllm_caches import Cache, LmpipeCache
 from lmpipe.bench.vllm_models import LARGE
+from lmpipe.bench.vllm_ttft import PROCESSOR
 from lmpipe.cli.bench import write
 
 WIDTH = 130
@@ -64,6 +65,7 @@ def rivals(mode: str) -> list[tuple[str, str, Goal]]:
     return [
         ("lmpipe, DRAM", f"LMCache, {mode}", WARM),
         ("cold, lmpipe attached", f"cold, LMCache attached, {mode}", SAVING),
+        ("cold, lmpipe attached" + PROCESSOR, f"cold, LMCache attached, {mode}" + PROCESSOR, SAVING),
     ]
 
 

@@ -157,33 +157,28 @@ def flip_index(world: World, draw: random.Random) -> dict[str, Any] | None:
     return {"tier": tier, "at": done}
 
 
-def fill(directory: Path) -> Path:
-    """Take all the space that a file system has left."""
+def filled(world: World, directory: Path | None, draw: random.Random) -> dict[str, Any]:
+    """All the space that a file system has left is taken for a while."""
+    assert directory is not None
     stuffing = directory / "stuffing"
     with stuffing.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(bytes(1 << 16))
-    return stuffing
+    nbytes = stuffing.stat().st_size
+    world.later(draw.choice((0.3, 1.0, 3.0)), lambda: stuffing.unlink(missing_ok=True))
+    return {"bytes": nbytes}
 
 
 @fault(2, asks=lambda world: "" if world.disk else "its disk is not a small tmpfs")
 def full_disk(world: World, draw: random.Random) -> dict[str, Any] | None:
     """The SSD tier's file system has no room for a while."""
-    assert world.disk is not None
-    stuffing = fill(world.disk)
-    nbytes = stuffing.stat().st_size
-    world.later(draw.choice((0.3, 1.0, 3.0)), lambda: stuffing.unlink(missing_ok=True))
-    return {"bytes": nbytes}
+    return filled(world, world.disk, draw)
 
 
 @fault(2, asks=lambda world: "" if world.shm else "its run directory is not on a small tmpfs")
 def full_shm(world: World, draw: random.Random) -> dict[str, Any] | None:
     """Shared memory has no room for a while."""
-    assert world.shm is not None
-    stuffing = fill(world.shm)
-    nbytes = stuffing.stat().st_size
-    world.later(draw.choice((0.3, 1.0, 3.0)), lambda: stuffing.unlink(missing_ok=True))
-    return {"bytes": nbytes}
+    return filled(world, world.shm, draw)
 
 
 @fault(10, asks=lambda world: "" if world.io else "its processes have no failing I/O (not drawn, or no compiler)")

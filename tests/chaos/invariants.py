@@ -22,7 +22,7 @@ from rig import LAYOUT, Memory, bytes_in_use, holds, slot_states, stages_below
 
 from lmpipe.errors import LmpipeError
 from lmpipe.handles import CHUNK, Codec, Slot, Tier
-from lmpipe.index import index_keys
+from lmpipe.index_row import index_keys
 from lmpipe.lifecycle import SlotState
 from lmpipe.shm.counters import Counters
 from lmpipe.shm.descriptor import SegmentKind

@@ -27,7 +27,8 @@ from lmpipe.codecs.calibration import read as read_calibration
 from lmpipe.codecs.checks import conflicts
 from lmpipe.errors import FormatError, LmpipeError, MessageError, NodeError, SegmentError, TopologyError
 from lmpipe.handles import BLOCK_BYTES, CHUNK, ChunkRecords, Codec, Extent, SessionId, Slot, Tier, round_up
-from lmpipe.index import IndexReader, IndexWriter, index_keys, is_complete, merge_shard, row_records
+from lmpipe.index import IndexReader, IndexWriter
+from lmpipe.index_row import index_keys, is_complete, merge_shard, row_records
 from lmpipe.launch.claim import WorkerNote
 from lmpipe.layout import KVLayout
 from lmpipe.lifecycle import SlotEvent

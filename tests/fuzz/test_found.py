@@ -8,7 +8,8 @@ import pytest
 
 from lmpipe.errors import NodeError
 from lmpipe.handles import Tier
-from lmpipe.index import RECORD_BYTES, IndexReader, IndexWriter
+from lmpipe.index import IndexReader, IndexWriter
+from lmpipe.index_row import RECORD_BYTES
 from lmpipe.launch.claim import WorkerNote
 from lmpipe.shm.node import NodeWords
 from lmpipe.supervisor import NodeState

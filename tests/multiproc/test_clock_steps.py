@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import pytest
-from io_faults import IoFaults, NoCompiler
+from io_faults import IoFaults
 from rig import CALM, EngineProcess
 
 from lmpipe.testing import Node
 
 CHUNKS = 4
 TTL_S, HOUR_S = 600, 3600
-
-
-@pytest.fixture
-def faults(tmp_path_factory: pytest.TempPathFactory) -> Iterator[IoFaults]:
-    """Every process that is started from here on has them."""
-    try:
-        faults = IoFaults(tmp_path_factory.mktemp("faults"))
-    except NoCompiler as error:
-        pytest.skip(str(error))
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in faults.environment.items():
-            patch.setenv(name, value)
-        yield faults
 
 
 def test_a_clock_that_is_set_ends_ttls_and_nothing_else(faults: IoFaults) -> None:

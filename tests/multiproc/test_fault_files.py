@@ -12,7 +12,7 @@ import pytest
 from rig import CALM, DRAM_ONLY, Engine, until_whole
 
 from lmpipe.handles import CHUNK, ChunkRecords, Tier
-from lmpipe.index import row_records
+from lmpipe.index_row import row_records
 from lmpipe.testing import Node
 
 PROMPTS, CHUNKS = range(8), 8

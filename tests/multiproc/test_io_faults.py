@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from io_faults import IoFaults, NoCompiler
+from io_faults import IoFaults
 from rig import Engine, all_tiers, assert_nothing_leaks, counters, slot_states, until, until_whole
 
 from lmpipe.handles import Tier
@@ -24,19 +24,6 @@ WORKERS = ["gather", "compress", "persist", "replicate"]
 DISK_FULL = ("write ENOSPC", "make ENOSPC")
 REMOUNTED = ("write EROFS", "make EROFS", "sync EROFS")
 DYING = ("write EIO", "sync EIO", "make EIO")
-
-
-@pytest.fixture(scope="module")
-def faults(tmp_path_factory: pytest.TempPathFactory) -> Iterator[IoFaults]:
-    """Every process that is started from here on has them."""
-    try:
-        faults = IoFaults(tmp_path_factory.mktemp("faults"))
-    except NoCompiler as error:
-        pytest.skip(str(error))
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in faults.environment.items():
-            patch.setenv(name, value)
-        yield faults
 
 
 @pytest.fixture(scope="module")

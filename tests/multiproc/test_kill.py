@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from rig import Engine, EngineProcess, all_tiers, assert_nothing_leaks, until, until_whole
 
+from lmpipe.cli import main
 from lmpipe.handles import Tier
 from lmpipe.testing import Node
 
@@ -157,6 +158,18 @@ def test_what_was_invalidated_does_not_come_back(node: Node, engines: list[Engin
         assert removed >= 0, "it has waited for the tier that is back"
         assert engine.found(prompt) == 0
         assert engine.producer.prefetch(prompt) == 0
+
+
+def test_clearing_waits_for_a_tier_that_is_away(node: Node, engines: list[Engine]) -> None:
+    engine = engines[0]
+    prompt = engine.prompt(310, 6)
+    assert engine.save(prompt).wait(0)
+    assert engine.producer.flush(prompt, tiers=("ssd", "remote"))
+    pid = node.kill("persist")
+    assert main(["clear", str(node.run_dir)]) == 0
+    node.wait_restarted("persist", pid)
+    until_whole(node, *engines)
+    assert engine.found(prompt) == 0
 
 
 def test_what_is_invalidated_right_after_it_was_saved_does_not_come_back(node: Node, engines: list[Engine]) -> None:

@@ -8,20 +8,12 @@ import pytest
 from failpoint_walk import ring_in_use
 from rig import Engine, all_tiers, assert_nothing_leaks, counters, until, until_whole
 
-from lmpipe.failpoints import VARIABLE, Control
+from lmpipe.failpoints import Control
 from lmpipe.handles import Tier
 from lmpipe.testing import Node
 
 CHUNKS = 8
 LEASES = 8
-
-
-@pytest.fixture(scope="module")
-def control(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Control]:
-    control = Control(tmp_path_factory.mktemp("rules") / "rules")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(VARIABLE, str(control.path))
-        yield control
 
 
 @pytest.fixture(scope="module", params=["raw", "zstd"])

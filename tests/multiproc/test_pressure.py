@@ -28,7 +28,7 @@ from rig import (
     until_whole,
 )
 
-from lmpipe.index import is_complete
+from lmpipe.index_row import is_complete
 from lmpipe.keys import Prompt
 from lmpipe.testing import Node, small_topology
 

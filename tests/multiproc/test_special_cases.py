@@ -18,6 +18,7 @@ from rig import (
     CHUNK_TOKENS,
     WAIT_S,
     Engine,
+    PageIds,
     all_tiers,
     assert_nothing_leaks,
     counters,
@@ -27,21 +28,15 @@ from rig import (
 )
 
 from lmpipe import messages as m
-from lmpipe.failpoints import VARIABLE, Control
+from lmpipe.failpoints import Control
 from lmpipe.handles import Slot, Tier
+from lmpipe.keys import Prompt
 from lmpipe.lifecycle import SlotState
+from lmpipe.producer import SaveTicket
 from lmpipe.testing import Node
 
 CHUNKS = 8
 LEASES = 8
-
-
-@pytest.fixture(scope="module")
-def control(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Control]:
-    control = Control(tmp_path_factory.mktemp("rules") / "rules")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(VARIABLE, str(control.path))
-        yield control
 
 
 @pytest.fixture(scope="module")
@@ -75,20 +70,26 @@ def stopped_at(control: Control, name: str) -> int:
     return pid
 
 
-@pytest.mark.parametrize("moment", ["gather.save.leased", "gather.save.copied"])
-def test_pages_that_are_reused_while_gather_stands_still_are_never_committed(
-    node: Node, engine: Engine, control: Control, moment: str
-) -> None:
-    """Before the copy and after it: the grant is read last."""
+def reused_at(engine: Engine, control: Control, moment: str) -> tuple[Prompt, PageIds, SaveTicket]:
+    """A save whose grant is revoked, and whose pages somebody else gets, while gather stands at a failpoint."""
     prompt = engine.prompt(1, CHUNKS)
     ids = engine.prefill(prompt)
     control.arm(f"{moment}=stop*1")
     ticket = engine.send(prompt, ids)
     pid = stopped_at(control, moment)
-    dropped = counters(node)["gather_dropped_chunks"]
     ticket.revoke()
-    engine.memory.memory[:, ids.ravel()] = 0xEE  # another request has them now
+    engine.memory.memory[:, ids.ravel()] = 0xEE
     os.kill(pid, signal.SIGCONT)
+    return prompt, ids, ticket
+
+
+@pytest.mark.parametrize("moment", ["gather.save.leased", "gather.save.copied"])
+def test_pages_that_are_reused_while_gather_stands_still_are_never_committed(
+    node: Node, engine: Engine, control: Control, moment: str
+) -> None:
+    """Before the copy and after it: the grant is read last."""
+    dropped = counters(node)["gather_dropped_chunks"]
+    prompt, ids, ticket = reused_at(engine, control, moment)
     assert ticket.wait(WAIT_S) is False
     assert ticket.dropped == {"revoked": CHUNKS}
     assert engine.found(prompt) == 0
@@ -103,14 +104,7 @@ def test_pages_that_are_reused_while_gather_stands_still_are_never_committed(
 def test_what_was_copied_while_the_grant_stood_is_right_whatever_the_pages_are_by_now(
     node: Node, engine: Engine, control: Control, moment: str
 ) -> None:
-    prompt = engine.prompt(1, CHUNKS)
-    ids = engine.prefill(prompt)
-    control.arm(f"{moment}=stop*1")
-    ticket = engine.send(prompt, ids)
-    pid = stopped_at(control, moment)
-    ticket.revoke()
-    engine.memory.memory[:, ids.ravel()] = 0xEE
-    os.kill(pid, signal.SIGCONT)
+    prompt, ids, ticket = reused_at(engine, control, moment)
     assert ticket.wait(WAIT_S)
     assert engine.load(prompt).chunks == CHUNKS  # every byte is that of the keys
     engine.memory.free(ids)

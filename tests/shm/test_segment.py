@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 
 from lmpipe import native
 from lmpipe.errors import SegmentError
+from lmpipe.native import Region
 from lmpipe.shm.descriptor import H_KIND, H_READY, H_VERSION, HEADER_BYTES, SegmentKind
 from lmpipe.shm.segment import STEP_BYTES, Segment
 
@@ -30,10 +32,10 @@ def test_what_is_written_is_read_by_who_attaches(path: Path) -> None:
     with Segment.create(path, SegmentKind.HOLDS, 10_000, count=7, grants=3, json=b'["x"]') as made:
         assert (made.nbytes, made.count, made.grants, made.json) == (12_288, 7, 3, b'["x"]')
         made.buf[9000] = 42
-        with Segment.attach(path, SegmentKind.HOLDS, id=made.id, prefault=True) as other:
+        with Segment.attach(path, SegmentKind.HOLDS, id=made.id) as other:
             assert (other.nbytes, other.count, other.grants, other.json) == (12_288, 7, 3, b'["x"]')
             assert other.buf[9000] == 42 and other.region.nbytes == 12_288 and other.region.writable
-        with Segment.attach(path, SegmentKind.HOLDS, readonly=True, prefault=True) as other:
+        with Segment.attach(path, SegmentKind.HOLDS, readonly=True) as other:
             assert other.buf.readonly and not other.region.writable
     assert path.stat().st_mode & 0o777 == 0o600
 
@@ -41,6 +43,34 @@ def test_what_is_written_is_read_by_who_attaches(path: Path) -> None:
 def test_space_is_taken_not_promised(path: Path) -> None:
     with Segment.create(path, SegmentKind.PAGES, 1 << 20, prefault=False):
         assert path.stat().st_blocks * 512 >= 1 << 20
+
+
+@pytest.mark.parametrize("readonly", [False, True])
+def test_a_segment_is_faulted_in_when_it_is_asked_to_be(path: Path, readonly: bool) -> None:
+    def resident() -> int:
+        text = Path("/proc/self/smaps").read_text()
+        return sum(int(kib) for kib in re.findall(rf"{path}\n(?:.*\n)*?Rss: +(\d+) kB", text))
+
+    Segment.create(path, SegmentKind.PAGES, 8 << 20, prefault=False).close()
+    with Segment.attach(path, SegmentKind.PAGES, readonly=readonly) as segment:
+        assert resident() < 4 << 10
+        segment.prefault()
+        assert resident() == 8 << 10
+
+
+def test_faulting_in_ends_when_the_segment_is_closed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmpipe.shm.segment.STEP_BYTES", 4096)
+    Segment.create(path, SegmentKind.PAGES, 3 * 4096, prefault=False).close()
+    segment = Segment.attach(path, SegmentKind.PAGES)
+    steps: list[int] = []
+
+    def populate(region: Region, offset: int, nbytes: int, write: bool) -> None:
+        steps.append(offset)
+        segment.close()
+
+    monkeypatch.setattr("lmpipe.shm.segment.populate", populate)
+    segment.prefault()
+    assert steps == [0]
 
 
 def test_progress_comes_in_steps(path: Path) -> None:

@@ -13,7 +13,8 @@ import pytest
 
 from lmpipe.bus import Peer
 from lmpipe.handles import CHUNK, ChunkRecords, Codec, SessionId, Slot, Tier
-from lmpipe.index import IndexReader, IndexWriter, index_keys
+from lmpipe.index import IndexReader, IndexWriter
+from lmpipe.index_row import index_keys
 from lmpipe.lifecycle import SlotEvent, SlotState
 from lmpipe.shm.node import NodeWords
 from lmpipe.shm.slots import SlotOwner

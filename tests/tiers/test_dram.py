@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from lmpipe.handles import CHUNK, SessionId, Slot, Tier
-from lmpipe.index import IndexReader, IndexWriter, index_keys
+from lmpipe.index import IndexReader, IndexWriter
+from lmpipe.index_row import index_keys
 from lmpipe.lifecycle import SlotEvent, SlotState
 from lmpipe.shm.node import NodeWords
 from lmpipe.shm.slots import SlotOwner

@@ -19,7 +19,8 @@ from stored_chunks import chunks, node_words, payload, same
 from lmpipe import native
 from lmpipe.errors import FormatError, TopologyError
 from lmpipe.handles import BLOCK_BYTES, ChunkRecords, Tier
-from lmpipe.index import IndexWriter, index_keys, row_records
+from lmpipe.index import IndexWriter
+from lmpipe.index_row import index_keys, row_records
 from lmpipe.shm.node import NodeWords
 from lmpipe.tiers import ChunkGone, TierDown
 from lmpipe.tiers.breaker import FAILURES

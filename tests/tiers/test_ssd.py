@@ -15,7 +15,8 @@ from stored_chunks import chunks, node_words, payloads, same
 from lmpipe import native
 from lmpipe.errors import FormatError, NodeError
 from lmpipe.handles import BLOCK_BYTES, ChunkRecords, Extent, Tier, round_up
-from lmpipe.index import IndexWriter, index_keys, row_records
+from lmpipe.index import IndexWriter
+from lmpipe.index_row import index_keys, row_records
 from lmpipe.shm.node import NodeWords
 from lmpipe.tiers import ChunkGone, Recovered
 from lmpipe.tiers.format import SEALED_AT

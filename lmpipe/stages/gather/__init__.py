@@ -19,7 +19,8 @@ from lmpipe import failpoints
 from lmpipe import messages as m
 from lmpipe.errors import LmpipeError
 from lmpipe.handles import ChunkRecords, SessionId, Tier
-from lmpipe.index import IndexReader, index_keys
+from lmpipe.index import IndexReader
+from lmpipe.index_row import index_keys
 from lmpipe.shm.descriptor import PENDING_REMOTE, PENDING_SSD
 from lmpipe.shm.hold import HoldScanner
 from lmpipe.shm.session import SessionDir

@@ -16,7 +16,8 @@ from itertools import takewhile
 import numpy as np
 
 from lmpipe.handles import CHUNK, ChunkRecords, Codec, SessionId, Slot, Tier
-from lmpipe.index import IndexReader, index_keys, row_records
+from lmpipe.index import IndexReader
+from lmpipe.index_row import index_keys, row_records
 from lmpipe.lifecycle import LEASED_STATES, SlotState
 from lmpipe.stages.base import Peer
 from lmpipe.stages.gather.outflow import Name

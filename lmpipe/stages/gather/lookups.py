@@ -12,7 +12,8 @@ import numpy as np
 
 from lmpipe import messages as m
 from lmpipe.handles import CHUNK, SessionId, Tier
-from lmpipe.index import BATCH_KEYS, RECORD_BYTES, IndexReader
+from lmpipe.index import BATCH_KEYS, IndexReader
+from lmpipe.index_row import RECORD_BYTES
 from lmpipe.tiers.dram import DramTier
 
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from lmpipe import failpoints, native
 from lmpipe import messages as m
 from lmpipe.handles import ChunkRecords, Codec, SessionId, Slot, Tier
-from lmpipe.index import index_keys
+from lmpipe.index_row import index_keys
 from lmpipe.lifecycle import SlotEvent, SlotState
 from lmpipe.shm.hold import HoldScanner
 from lmpipe.stages.base import Context, Peer
