@@ -256,7 +256,7 @@ class RemoteTier:
                 self._list(PROBE)
 
     def recover(self) -> Recovered:
-        """Publish the index and fill it from a listing.
+        """Publish the index and fill it from a listing; what is over the capacity is given up.
 
         Raises:
             TierDown: the store cannot be listed; only what is saved from now on has rows.
@@ -279,6 +279,7 @@ class RemoteTier:
         for at in range(0, len(rows), BATCH_ROWS):
             if not self._index.put_records(rows[at : at + BATCH_ROWS]):
                 lost += len(rows[at : at + BATCH_ROWS])
+        self._take_room(0)  # who died while objects were deleted has left more than the capacity
         return Recovered(self._index.count(), len(records), strange, lost)
 
     # ---- the store ----

@@ -151,6 +151,15 @@ def test_capacity_is_kept_oldest_first(tiers: Tiers) -> None:
     assert "larger than the tier" in refused.reason and not refused.down
 
 
+def test_capacity_is_kept_of_what_is_found(tiers: Tiers) -> None:
+    records = chunks(5, 60_000)
+    records["saved_at"] = range(5)
+    save(tiers.open(), records)
+    small = tiers.open(capacity=200_000)
+    assert small.used_bytes == 3 * (60_000 + BLOCK_BYTES) <= 200_000 and len(tiers.files()) == 3
+    assert [loads(small, record) for record in records] == [False, False, True, True, True]
+
+
 def test_capacity_is_kept_by_threads_that_store_at_the_same_time(tiers: Tiers, monkeypatch: pytest.MonkeyPatch) -> None:
     tier, together = tiers.open(capacity=200_000), threading.Barrier(4)
     put, most = obstore.put, [0]
