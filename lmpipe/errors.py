@@ -54,5 +54,13 @@ class UnsupportedError(LmpipeError):
     """The engine asks for something lmpipe cannot do rightly; nothing was cached."""
 
 
+class DeviceError(LmpipeError):
+    """A GPU or its driver refuses what was asked of it: the text names the cause and what to change. Others go on."""
+
+
 class ProtocolViolation(LmpipeError):
     """A broken invariant. The process that sees one dies loudly and is restarted."""
+
+
+class DeviceLost(ProtocolViolation):
+    """An error after which the driver answers every call of this process with the same: only a new process helps."""

@@ -40,11 +40,13 @@ from lmpipe.errors import LayoutError, MessageError
 from lmpipe.handles import CHUNK, ChunkRecords, Codec, SessionId, Tier
 from lmpipe.index_row import INDEX_KEY_BYTES
 from lmpipe.layout import KVLayout
-from lmpipe.wire import MAX_HEADER_BYTES, MAX_TEXT, ArraySpec, Frame, Via, Wire
+from lmpipe.page_source import DeviceHeader, MappedHeader, source_of
+from lmpipe.page_source import DeviceSource as DeviceSource
+from lmpipe.page_source import PageSource as PageSource
+from lmpipe.wire import MAX_HEADER_BYTES, MAX_TEXT, ArraySpec, Frame, Via, Wire, equal
 
 MAX_CHUNKS = 1 << 16
 MAX_PAGE_IDS = 1 << 22
-MAX_PLANES = 1 << 12
 MAX_LOOKUP_KEYS = 1 << 14
 MAX_FRAME_BYTES = max(MAX_HEADER_BYTES, MAX_CHUNKS * CHUNK.itemsize, MAX_PAGE_IDS * 4)
 
@@ -106,17 +108,6 @@ def no_pages() -> PageIds:
     return np.empty((0, 0), np.int32)
 
 
-def _equal(one: object, other: object) -> bool:
-    if type(one) is not type(other):
-        return False
-    for field_ in fields(one):  # type: ignore[arg-type]
-        a, b = attrgetter(field_.name)(one), attrgetter(field_.name)(other)
-        arrays = isinstance(a, np.ndarray) and isinstance(b, np.ndarray)
-        if not (np.array_equal(cast(Places, a), cast(Places, b)) if arrays else a == b):
-            return False
-    return True
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Message:
     """Base of all messages. Equal when all fields are, arrays byte by byte."""
@@ -124,49 +115,9 @@ class Message:
     session: _Session
 
     def __eq__(self, other: object) -> bool:
-        return _equal(self, other)
+        return equal(self, other)
 
     __hash__ = None  # type: ignore[assignment]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PageSource:
-    """Engine pages in a mapped segment: page p of plane i: `page_bytes[i]` at `plane_offset[i] + p * page_stride[i]`.
-
-    Sent once in a session, so its arrays travel as lists inside the header.
-    """
-
-    segment: str
-    segment_id: str
-    plane_offset: Places
-    page_stride: Places
-    page_bytes: Places
-    pages: int
-
-    def __eq__(self, other: object) -> bool:
-        return _equal(self, other)
-
-    __hash__ = None  # type: ignore[assignment]
-
-
-_PlaneWords = Annotated[list[_Id], Meta(max_length=MAX_PLANES)]
-
-
-class _PagesHeader(msgspec.Struct, forbid_unknown_fields=True):
-    segment: Annotated[str, Meta(max_length=1024)]
-    segment_id: _Hex
-    plane_offset: _PlaneWords
-    page_stride: _PlaneWords
-    page_bytes: _PlaneWords
-    pages: _U31
-
-    def source(self) -> PageSource:
-        offset, stride, nbytes = (
-            np.array(w, np.uint64) for w in (self.plane_offset, self.page_stride, self.page_bytes)
-        )
-        if not len(offset) == len(stride) == len(nbytes):
-            raise MessageError("pages", "plane_offset, page_stride and page_bytes differ in length")
-        return PageSource(self.segment, self.segment_id, offset, stride, nbytes, self.pages)
 
 
 LayoutFields = dict[str, Any]
@@ -212,7 +163,7 @@ class Register(Message):
     shards: _U16
     namespace: _Hex
     leases: _U16
-    pages: Annotated[PageSource | None, Via(_PagesHeader, _PagesHeader.source)] = None
+    pages: Annotated[PageSource | DeviceSource | None, Via(MappedHeader | DeviceHeader, source_of)] = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -52,6 +52,7 @@ STAGE_COUNTERS: dict[str, dict[str, str]] = {
         "dram_saved_bytes": "Bytes that they would take more if they were raw",
         "unpersisted_rows": "Rows that a tier below has still to take",
         "producers": "Engines registered",
+        "pinned_bytes": "Bytes of the arena that a GPU's driver has pinned",
     },
     "compress": {
         "encoded_chunks": "Chunks encoded",
@@ -136,6 +137,7 @@ _DRAM_LEVELS = (
     "dram_saved_bytes",
     "unpersisted_rows",
     "producers",
+    "pinned_bytes",
 )
 GAUGES = frozenset(
     f"{stage}_{name}"

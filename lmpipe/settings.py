@@ -7,7 +7,7 @@ from typing import Annotated, Literal, cast, get_args
 import msgspec
 
 from lmpipe.handles import Tier
-from lmpipe.strict_yaml import Size
+from lmpipe.strict_yaml import Device, Size
 
 StageName = Literal["gather", "compress", "persist", "replicate"]
 STAGES: tuple[StageName, ...] = get_args(StageName)
@@ -121,6 +121,7 @@ class Engines(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     whose pages have an unknown inner order (vLLM on CPUs); codecs that compute with numbers are then refused at once.
     `exact`: chunks that lost information, or were computed on such, are never offered; codecs that lose are refused.
     `lookup_deadline_ms`: how long a lookup waits, where the index cannot be mapped and gather has to be asked.
+    `devices`: GPUs on which engines' pages may lie; gather then uses CUDA (HIP), and needs CuPy and a driver.
     """
 
     leases: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 16
@@ -130,6 +131,7 @@ class Engines(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     lookup_deadline_ms: Milliseconds = 50
     opaque_pages: bool = False
     exact: bool = False
+    devices: list[Device] = []
 
 
 class LoadRates(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

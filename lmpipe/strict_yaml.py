@@ -19,6 +19,9 @@ T = TypeVar("T", bound=msgspec.Struct)
 Size = Annotated[int, msgspec.Meta(gt=0, le=1 << 60, extra={"unit": "bytes"})]
 """A number of bytes, written as one or with a unit: 4096, "64KiB", 1.5GiB, 2GB."""
 
+Device = Annotated[str, msgspec.Meta(max_length=40, extra={"names": "device"})]
+"""A GPU: its UUID, as `nvidia-smi -L` shows it, or its index among the visible ones, written as a number."""
+
 UNITS = (
     {"B": 1}
     | {f"{p}iB": 1 << 10 * i for i, p in enumerate("KMGTP", 1)}
@@ -26,6 +29,7 @@ UNITS = (
 )
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([A-Za-z]+)", re.ASCII)
 _INT = re.compile(r"[+-]?(?:0|[1-9][0-9_]*)", re.ASCII)
+_DEVICE = re.compile(r"[0-9]{1,3}|(GPU|MIG)-[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", re.ASCII)
 _MAX_TEXT = 1 << 20
 _BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
@@ -65,6 +69,15 @@ def parse_size(text: str) -> int:
         raise ValueError(f'unknown unit "{_short(unit)}"{nearest(unit, UNITS)}; units: {", ".join(UNITS)}')
     whole = float(match[1]) * UNITS[unit] if "." in match[1] else int(match[1][:25]) * UNITS[unit]
     return int(min(whole, 1 << 61))
+
+
+def parse_device(value: object) -> str:
+    """A device as `Device` has it; ValueError, saying how to write it, for anything else."""
+    if isinstance(value, bool) or not isinstance(value, str | int) or not _DEVICE.fullmatch(str(value)):
+        raise ValueError(
+            f'"{_short(str(value))}" is no GPU; write its UUID as nvidia-smi -L shows it, or its number from 0'
+        )
+    return str(value)
 
 
 def nearest(name: str, valid: Any) -> str:
@@ -150,8 +163,10 @@ class _Walk:
                 ord(c) < 32 or 0x7F <= ord(c) < 0xA0 or 0xD800 <= ord(c) < 0xE000 for c in value
             ):
                 raise ValueError("control characters are not allowed")
-            if _is_size(kind) and isinstance(value, str):
+            if _means(kind, "unit", "bytes") and isinstance(value, str):
                 value = parse_size(value)
+            if _means(kind, "names", "device"):
+                value = parse_device(value)
             if get_origin(kind) is Literal and value not in get_args(kind):
                 names = get_args(kind)
                 raise ValueError(
@@ -198,10 +213,9 @@ def _scalar(node: yaml.ScalarNode) -> str | int | float | bool | None:
             raise ValueError(f"the tag {_short(tag)} has no meaning here")
 
 
-def _is_size(kind: Any) -> bool:
+def _means(kind: Any, what: str, value: str) -> bool:
     return get_origin(kind) is Annotated and any(
-        isinstance(m, msgspec.Meta) and m.extra is not None and m.extra.get("unit") == "bytes"
-        for m in get_args(kind)[1:]
+        isinstance(m, msgspec.Meta) and m.extra is not None and m.extra.get(what) == value for m in get_args(kind)[1:]
     )
 
 

@@ -43,6 +43,7 @@ from lmpipe.strict_yaml import nearest
 NODE_VERSION = 2
 """Of `node.json`. Goes up with every change of a field in it, the topology's included: a test pins its schema."""
 CODECS = tuple(codec.name.lower() for codec in Codec)
+MAX_DEVICES = 16
 SOCKET_PATH_BYTES = 107
 """`sun_path` of a Unix socket, without its closing zero byte."""
 
@@ -180,6 +181,12 @@ def _conflicts(topology: Topology) -> list[tuple[str, str]]:
             "run_dir",
             f"ends with {PAGES_SUFFIX}, as the directory beside a node's does; choose another run_dir or name",
         )
+    devices = topology.engines.devices
+    for i, device in enumerate(devices):
+        if device in devices[:i]:
+            wrong(f"engines.devices[{i}]", f"a second entry for the GPU {device}")
+    if len(devices) > MAX_DEVICES:
+        wrong("engines.devices", f"{len(devices)} GPUs, one node takes {MAX_DEVICES}")
     _check_tiers(topology, wrong)
     _check_tenants(topology, wrong)
     _check_processes(topology, wrong)

@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from operator import attrgetter
-from typing import Annotated, Any, Generic, TypeVar, Union, get_args, get_type_hints
+from typing import Annotated, Any, Generic, TypeVar, Union, cast, get_args, get_type_hints
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import orjson
 from msgspec import Meta
 
@@ -27,6 +28,7 @@ MAX_FRAMES = 8
 MAX_TEXT = 512
 
 Frame = bytes | memoryview
+_Array = npt.NDArray[np.generic]
 M = TypeVar("M")
 
 _Name = Annotated[str, Meta(max_length=64)]
@@ -55,6 +57,18 @@ class Via:
 
     header: Any
     build: Callable[[Any], Any]
+
+
+def equal(one: object, other: object) -> bool:
+    """Whether two dataclasses are of one type and equal in all fields, arrays byte by byte."""
+    if type(one) is not type(other):
+        return False
+    for field_ in fields(one):  # type: ignore[arg-type]
+        a, b = attrgetter(field_.name)(one), attrgetter(field_.name)(other)
+        arrays = isinstance(a, np.ndarray) and isinstance(b, np.ndarray)
+        if not (np.array_equal(cast(_Array, a), cast(_Array, b)) if arrays else a == b):
+            return False
+    return True
 
 
 class _Codec(Generic[M]):

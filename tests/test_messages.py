@@ -49,6 +49,19 @@ PAGES = m.PageSource(
     100,
 )
 
+HANDLES = [bytes(range(64)).hex(), bytes(range(64, 128)).hex()]
+DEVICE_PAGES = m.DeviceSource(
+    "GPU-00112233-4455-6677-8899-aabbccddeeff",
+    HANDLES,
+    np.array([100 * 4096, 1 << 20], np.uint64),
+    np.array([0, 0, 1], np.uint64),
+    np.array([0, 64, 4096], np.uint64),
+    np.full(3, 4096, np.uint64),
+    np.full(3, 64, np.uint64),
+    100,
+    HANDLES[0],
+)
+
 SAMPLES: list[Message] = [
     m.Register(ME, [1], "producer", "engine", 4711, LAYOUT, 256, 0, 2, "ab" * 32, 16, PAGES),
     m.Registered(ME, 1, 256, 32 << 20, PLACES),
@@ -80,6 +93,8 @@ SAMPLES: list[Message] = [
     m.Drained(ME, 4),
 ]
 BY_NAME = {type(sample).__name__: sample for sample in SAMPLES}
+ON_DEVICE = dataclasses.replace(BY_NAME["Register"], pages=DEVICE_PAGES)
+SAMPLES.append(ON_DEVICE)
 all_types = pytest.mark.parametrize("name", sorted(BY_NAME))
 
 
@@ -94,6 +109,12 @@ def test_golden_bytes(name: str) -> None:
     golden = [bytes.fromhex(line) for line in (GOLDEN / f"{name}.hex").read_text().split("\n")[:-1]]
     assert frames == golden
     assert decode(golden) == BY_NAME[name]
+
+
+def test_golden_bytes_of_pages_on_a_device() -> None:
+    (golden,) = (GOLDEN / "Register.device.hex").read_text().splitlines()
+    assert [bytes(frame) for frame in encode(ON_DEVICE)] == [bytes.fromhex(golden)]
+    assert decode([bytes.fromhex(golden)]) == ON_DEVICE != BY_NAME["Register"]
 
 
 @all_types
@@ -140,6 +161,12 @@ def changed(name: str, **fields: object) -> list[bytes | memoryview]:
     header = orjson.loads(frames[0])
     header.update(fields)
     return [orjson.dumps({key: value for key, value in header.items() if value is not ...}), *frames[1:]]
+
+
+def device_pages(**fields: object) -> list[bytes | memoryview]:
+    header = orjson.loads(encode(ON_DEVICE)[0])
+    header["pages"].update(fields)
+    return [orjson.dumps(header)]
 
 
 def without(name: str, field: str) -> list[bytes | memoryview]:
@@ -222,6 +249,22 @@ WRONG: dict[str, tuple[list[bytes | memoryview], str]] = {
     "row without a record": (found([[0, 0, 3], [1, 1, 0]]), "rows"),
     "rows of more records than there are": (found([[0, 0, 2], [1, 1, 2]]), "chunks"),
     "too many keys": (changed("Lookup", arrays=[["keys", "key", [m.MAX_LOOKUP_KEYS + 1]]]), "keys"),
+    "pages of an unknown memory": (device_pages(memory="tape"), "pages.memory"),
+    "fields of a segment on a device": (device_pages(segment="/dev/shm/x"), "segment"),
+    "device without a UUID": (device_pages(device="0"), "pages.device"),
+    "handle too short": (device_pages(handles=["00"] * 2), "pages.handles"),
+    "handle not hex": (device_pages(handles=[HANDLES[0], "zz" * 64]), "pages.handles"),
+    "handle twice": (device_pages(handles=HANDLES[:1] * 2), "pages"),
+    "no handle": (device_pages(handles=[], allocation_bytes=[]), "pages.handles"),
+    "handles without sizes": (device_pages(allocation_bytes=[1 << 20]), "pages"),
+    "event not a handle": (device_pages(written_event=""), "pages.written_event"),
+    "planes of different length": (device_pages(plane_offset=[0]), "pages"),
+    "plane in no allocation": (device_pages(plane_allocation=[0, 0, 2]), "pages"),
+    "plane past its allocation": (device_pages(plane_offset=[0, 4096 - 63, 0]), "pages"),
+    "plane past its allocation by its pages": (device_pages(pages=101), "pages"),
+    "pages far apart": (device_pages(page_stride=[4096, 4096, 2**63 - 1]), "pages"),
+    "no pages": (device_pages(pages=0), "pages.pages"),
+    "too many planes": (device_pages(plane_offset=[0] * 4097), "pages.plane_offset"),
     "record of no shards": (bad_record(shards=0, shard=0), "chunks"),
     "record of an unknown codec": (bad_record(codec=999), "chunks"),
 }

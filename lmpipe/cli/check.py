@@ -14,6 +14,7 @@ from lmpipe import topology as tp
 from lmpipe.cli.nodes import Subparsers, add_verb
 from lmpipe.cli.picture import draw, size
 from lmpipe.codecs.checks import conflicts
+from lmpipe.launch.devices import lacking
 from lmpipe.rundir import RunDir
 from lmpipe.topology import Topology
 
@@ -63,6 +64,8 @@ def warnings_of(topology: Topology) -> list[str]:
             found.append(f"tiers.ssd wants {size(topology.tiers.ssd.capacity)}, {size(free)} are free at {directory}")
         if not os.access(directory, os.W_OK):
             found.append(f"{directory} cannot be written")
+    if problem := lacking(topology):
+        found.append(problem)
     cpus = os.sched_getaffinity(0)
     for process in topology.processes:
         if missing := sorted(set(process.cpus or ()) - cpus):

@@ -20,6 +20,7 @@ from lmpipe.exposition import Exporter, serve
 from lmpipe.index import reader_identity
 from lmpipe.launch.claim import Claim
 from lmpipe.launch.counter_files import CounterFiles
+from lmpipe.launch.devices import lacking
 from lmpipe.launch.former import Former
 from lmpipe.launch.link import StageLink
 from lmpipe.launch.segments import Progress, Segments
@@ -47,9 +48,11 @@ def run_node(
     """Runs the node until a signal asks it to stop. Living workers of a supervisor that died are gone on with.
 
     Raises:
-        NodeError: it runs already, or a worker did not start; nothing is left behind.
+        NodeError: it runs already, a worker did not start, or a GPU is named and there is none; nothing is left behind.
         SegmentError: there is no room for its segments; nothing is left behind.
     """
+    if problem := lacking(topology):
+        raise NodeError(problem)
     paths = RunDir(Path(topology.run_dir))
     with contextlib.ExitStack() as undo:
         signals = SignalPipe()

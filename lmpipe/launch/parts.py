@@ -10,9 +10,12 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from lmpipe import native
 from lmpipe.books import LayoutBook, NamespaceBook
 from lmpipe.codecs import CODECS
 from lmpipe.codecs.choice import Choice, configured
+from lmpipe.cuda.readers import DeviceReaders
+from lmpipe.errors import DeviceError
 from lmpipe.handles import Tier
 from lmpipe.index import IndexReader, IndexWriter
 from lmpipe.shm.descriptor import SegmentKind
@@ -25,6 +28,7 @@ from lmpipe.shm.table import SlotTable
 from lmpipe.stages.base import Context, Stage
 from lmpipe.stages.compress import Compress
 from lmpipe.stages.gather import Gather
+from lmpipe.stages.gather.pages import PageReaders
 from lmpipe.stages.gather.recoding import Coding
 from lmpipe.stages.landing import Landings
 from lmpipe.stages.persist import Persist
@@ -73,6 +77,8 @@ class Parts:
         index = self._index(Tier.DRAM)
         arena = self._owned(self._paths.arena, bytes.fromhex(self._info.arena_id))
         threading.Thread(target=_prefault, args=(arena.segment,), name="lmpipe-prefault", daemon=True).start()
+        copier = native.Copier(topology.copy_threads)
+        devices = self._devices(arena.region, copier) if engines.devices else None
         gather = Gather(
             context,
             DramTier(arena, index, self._scanner, time.monotonic),
@@ -80,16 +86,26 @@ class Parts:
             self._scanner,
             self._sessions,
             pages=self._paths.pages,
+            readers=PageReaders(arena.region, copier, devices.open if devices else None),
+            pinned_bytes=lambda: devices.pinned.done_bytes if devices else 0,
             tiers=topology.tiers,
             coding=self._coding,
             chunk_tokens=topology.chunk_tokens,
             leases=engines.leases,
             max_producers=engines.max_producers,
-            copy_threads=topology.copy_threads,
             answer_s=topology.answer_s,
         )
         index.publish()
         return gather
+
+    def _devices(self, arena: native.Region, copier: native.Copier) -> DeviceReaders:
+        try:
+            from lmpipe.cuda.cupy_runtime import open_device  # noqa: PLC0415  CuPy is optional, and slow to import
+        except ImportError as error:
+            raise DeviceError(f"engines.devices: CuPy cannot be loaded ({error}): pip install 'lmpipe[gpu]'") from None
+        return self._closing(
+            DeviceReaders([open_device(name) for name in self._topology.engines.devices], arena, copier)
+        )
 
     def _compress(self, context: Context) -> Stage:
         below = [tier for tier in self._topology.tier_names if tier is not Tier.DRAM]

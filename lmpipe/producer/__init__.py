@@ -47,6 +47,7 @@ __all__ = ["Found", "LoadResult", "MappedPages", "Producer", "SaveTicket"]
 log = logging.getLogger("lmpipe.producer")
 
 MappedPages = m.PageSource
+DevicePages = m.DeviceSource
 CLOSE_S = 5.0
 INVALIDATE_RETRY_S = 0.05
 
@@ -65,7 +66,8 @@ class Producer:
         chunk_tokens: tokens of a chunk, a multiple of the layout's page; None: the node's setting (256 until a node is
         seen), rounded up to a multiple of the page and of `align_tokens`.
         shard, shards: which part of each chunk's KV this rank holds.
-        pages: the engine's pages where they lie in a named shared segment: gather then copies them for saves.
+        pages: the engine's pages where they lie in a named shared segment, or on a GPU: gather then copies them for
+        saves. On a GPU `cuda.ipc.ExportedPages` makes it, and has to be marked before each save.
         saves: whether slots are wanted for saving private pages.
         copy_threads: native threads for each direction of copying.
         ttl_s: how long saved chunks stay valid; 0 for ever.
@@ -94,7 +96,7 @@ class Producer:
         align_tokens: int = 1,
         shard: int = 0,
         shards: int = 1,
-        pages: MappedPages | None = None,
+        pages: MappedPages | DevicePages | None = None,
         saves: bool = True,
         copy_threads: int = 1,
         ttl_s: int = 0,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from lmpipe import native
 from lmpipe.books import LayoutBook
 from lmpipe.codecs import CODECS
 from lmpipe.codecs.zstd import ZstdCodec
@@ -24,6 +25,7 @@ from lmpipe.rundir import RunDir
 from lmpipe.shm.node import NodeWords
 from lmpipe.shm.slots import SlotOwner
 from lmpipe.stages.base import Peer
+from lmpipe.stages.gather.pages import PageReaders
 from lmpipe.stages.gather.producers import Engine, MappedSave, Producers
 from lmpipe.tiers.dram import DramTier
 from lmpipe.topology import Tiers, parse
@@ -63,7 +65,8 @@ def tiers_of(codec: str) -> Tiers:
 
 def registry(dram: DramTier, codec: str) -> Producers:
     absent = Path("/dev/shm/lmpipe-test-absent.pages")
-    return Producers(dram, lambda _: True, 4, 4, absent, tiers_of(codec), LayoutBook(RunDir(absent)))
+    readers = PageReaders(dram.arena.region, native.Copier(1))
+    return Producers(dram, lambda _: True, 4, 4, absent, readers, tiers_of(codec), LayoutBook(RunDir(absent)))
 
 
 def hello_of(layout: KVLayout, pages: PageSource | None = None) -> Register:

@@ -10,6 +10,7 @@ The only writer of the arena's allocator and of the `dram` index. It reads engin
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import numpy as np
 
 from lmpipe import failpoints
 from lmpipe import messages as m
-from lmpipe.errors import LmpipeError
+from lmpipe.errors import LmpipeError, ProtocolViolation
 from lmpipe.handles import ChunkRecords, SessionId, Tier
 from lmpipe.index import IndexReader
 from lmpipe.index_row import index_keys
@@ -28,6 +29,7 @@ from lmpipe.stages.base import Context, Peer
 from lmpipe.stages.gather.loads import WRITERS, Loads, Waiter, joined, names_of
 from lmpipe.stages.gather.lookups import Lookups
 from lmpipe.stages.gather.outflow import Name, Outflow
+from lmpipe.stages.gather.pages import PageReaders
 from lmpipe.stages.gather.parked import Parked
 from lmpipe.stages.gather.producers import Producers
 from lmpipe.stages.gather.recoding import Coding, Recoder
@@ -55,8 +57,8 @@ class _Recall:
 
 class Gather:
     """The stage. `below` has an index reader for each tier below DRAM; `leases` is what each engine is lent at most;
-    `pages` is where engines put their KV cache, `tiers` what the topology says of tiers, `coding` what is to be made of
-    chunks in DRAM.
+    `pages` is where engines put their KV cache, `readers` how it is read, `pinned_bytes` how much of the arena a GPU's
+    driver has pinned, `tiers` what the topology says of tiers, `coding` what is to be made of chunks in DRAM.
     """
 
     name = "gather"
@@ -70,23 +72,24 @@ class Gather:
         sessions: SessionDir,
         *,
         pages: Path,
+        readers: PageReaders,
+        pinned_bytes: Callable[[], int],
         tiers: Tiers,
         coding: Coding,
         chunk_tokens: int,
         leases: int,
         max_producers: int,
-        copy_threads: int,
         answer_s: float,
     ) -> None:
         self._context, self._dram, self._holds = context, dram, holds
-        self._answer_s = answer_s
+        self._answer_s, self._pinned_bytes = answer_s, pinned_bytes
         self._chunk_tokens = chunk_tokens
         self._bits = sum(PENDING[tier] for tier in below)
-        self._producers = Producers(dram, sessions.alive, max_producers, leases, pages, tiers, coding.layouts)
+        self._producers = Producers(dram, sessions.alive, max_producers, leases, pages, readers, tiers, coding.layouts)
         self._loads = Loads(dram, below, sessions.alive)
         self._lookups = Lookups(dram, below)
         self._outflow = Outflow(dram, self._send_down)
-        self._saves = Saves(context, dram, self._producers, self._outflow, holds, self._bits, copy_threads)
+        self._saves = Saves(context, dram, self._producers, self._outflow, holds, self._bits)
         self._recoder = Recoder(context, dram, coding)
         self._parked = Parked(frozenset(WRITERS[tier] for tier in below), context.now_s())
         self._recalls: dict[int, _Recall] = {}
@@ -171,6 +174,8 @@ class Gather:
         self._holds.refresh()  # mapped before the first hold can be taken
         try:
             engine = self._producers.register(message, peer)
+        except ProtocolViolation:
+            raise
         except LmpipeError as error:
             self._context.reply(peer, m.Refused(self._session, "Register", 0, str(error)))
             return
@@ -403,6 +408,7 @@ class Gather:
         self._context.gauge("dram_saved_bytes", self._dram.saved_bytes)
         self._context.gauge("unpersisted_rows", self._dram.unpersisted)
         self._context.gauge("producers", len(self._producers))
+        self._context.gauge("pinned_bytes", self._pinned_bytes())
 
     def below_changed(self, chain: dict[str, SessionId]) -> None:
         """The sessions below are others now, or none: what was sent to the old ones is sent again, what they were to
@@ -431,6 +437,6 @@ class Gather:
         return self._saves.busy or bool(self._context.chain and self._outflow.waiting)
 
     def close(self) -> None:
-        """Unmap the engines' pages."""
+        """Let go of the engines' pages."""
         for engine in self._producers:
             engine.close()

@@ -1,4 +1,4 @@
-"""The engines that gather serves: their leases, their mapped pages, and whose save is copied next.
+"""The engines that gather serves: their leases, their pages, and whose save is copied next.
 
 Whatever a dead engine held comes back here, because its session lock is gone, never because time has passed.
 """
@@ -6,23 +6,20 @@ Whatever a dead engine held comes back here, because its session lock is gone, n
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from lmpipe import messages as m
-from lmpipe import native
 from lmpipe.books import LayoutBook
 from lmpipe.codecs.checks import misfits
 from lmpipe.errors import LayoutError, SegmentError
 from lmpipe.handles import SessionId, Slot
 from lmpipe.lifecycle import SlotState
-from lmpipe.shm.descriptor import SegmentKind
 from lmpipe.shm.pages import sweep
-from lmpipe.shm.segment import Segment
 from lmpipe.stages.base import Peer
+from lmpipe.stages.gather.pages import PageReader, PageReaders
 from lmpipe.tiers.dram import DramTier
 from lmpipe.topology import Tiers
 
@@ -50,23 +47,23 @@ class Engine:
     hello: m.Register
     chunk_pages: int
     chunk_bytes: int
-    pool: native.PagePool | None = None
-    pages: Segment | None = None
+    reader: PageReader | None = None
+    """Of its pages, where gather copies them itself."""
     leases: set[int] = field(default_factory=set[int])
     saves: deque[MappedSave] = field(default_factory=deque[MappedSave])
     deficit: int = 0
 
     def close(self) -> None:
-        """Unmap its pages."""
-        self.pool = None
-        if self.pages is not None:
-            self.pages.close()
-            self.pages = None
+        """Let go of its pages."""
+        if self.reader is not None:
+            self.reader.close()
+            self.reader = None
 
 
 class Producers:
     """The registry. `alive` says whether a session's lock is still held, `pages` where engines put their KV cache,
-    `tiers` by which codecs their chunks will go, `layouts` where it is written down what they are.
+    `readers` how these are read, `tiers` by which codecs their chunks will go, `layouts` where it is written down what
+    they are.
     """
 
     def __init__(
@@ -76,11 +73,12 @@ class Producers:
         most: int,
         leases: int,
         pages: Path,
+        readers: PageReaders,
         tiers: Tiers,
         layouts: LayoutBook,
     ) -> None:
         self._dram, self._alive, self._most, self._leases = dram, alive, most, leases
-        self._pages, self._tiers, self._layouts = pages, tiers, layouts
+        self._pages, self._readers, self._tiers, self._layouts = pages, readers, tiers, layouts
         self._engines: dict[SessionId, Engine] = {}
         self._orphans: dict[SessionId, set[int]] = {}
         """Leases found in the arena after a restart, whose holders have not registered again."""
@@ -107,7 +105,7 @@ class Producers:
         """Enter an engine, or enter it again.
 
         Raises:
-            LayoutError, SegmentError: what it brings does not fit; the text says what and why.
+            LayoutError, SegmentError, DeviceError: what it brings does not fit; the text says what and why.
         """
         if hello.layout is None:
             raise LayoutError("a producer has to state its layout")
@@ -132,12 +130,13 @@ class Producers:
             raise LayoutError(f"{self._most} engines are registered already: raise engines.max_producers")
         engine = Engine(session, peer, hello, chunk_pages, chunk_bytes)
         if hello.pages is not None:
-            engine.pages, engine.pool = _map(hello.pages, layout.plane_count, layout.page_bytes)
+            alive = partial(self._alive, session)
+            engine.reader = self._readers.open(hello.pages, layout.plane_count, layout.page_bytes, alive)
         if old is None:
             engine.leases = self._orphans.pop(session, set[int]())
         else:
             engine.leases = old.leases
-            if engine.pool is not None:
+            if engine.reader is not None:
                 engine.saves = old.saves  # the engine waits for their answers
             del self._engines[session]
             old.close()
@@ -156,7 +155,7 @@ class Producers:
 
     def top_up(self, engine: Engine) -> list[Slot]:
         """Lend it slots up to its share. Returns the new ones."""
-        if engine.pool is not None or not engine.hello.leases:
+        if engine.reader is not None or not engine.hello.leases:
             return []
         share = self._dram.arena.capacity_bytes // LENT_PART // max(len(self._engines), 1) // engine.chunk_bytes
         wanted = max(1, min(self._leases, engine.hello.leases, share))
@@ -169,19 +168,23 @@ class Producers:
             fresh.append(slot)
         return fresh
 
-    def next_save(self) -> tuple[Engine, MappedSave, int] | None:
-        """Deficit round-robin over engines with mapped saves: the save to go on with, and how many chunks of it."""
+    def next_save(self, busy: Container[str]) -> tuple[Engine, PageReader, MappedSave, int] | None:
+        """Deficit round-robin over engines with saves of pages: the save to go on with, and how many chunks of it.
+        Lanes that are `busy` are passed over.
+        """
         for session in list(self._engines):
             engine = self._engines[session]
-            if not engine.saves:
+            if not engine.saves or engine.reader is None:
                 engine.deficit = 0
+                continue
+            if engine.reader.lane in busy:
                 continue
             self._engines[session] = self._engines.pop(session)  # to the back: the others come first next time
             engine.deficit += max(QUANTUM_BYTES, engine.chunk_bytes)
             save = engine.saves[0]
             count = min(engine.deficit // engine.chunk_bytes, len(save.message.chunks) - save.at)
             engine.deficit -= count * engine.chunk_bytes
-            return engine, save, count
+            return engine, engine.reader, save, count
         return None
 
     def bury(self) -> list[Engine]:
@@ -204,27 +207,3 @@ class Producers:
             generation, state = arena.state(index)
             if state in (SlotState.LEASED, SlotState.WRITING, SlotState.READY):
                 arena.free(Slot(index, generation))
-
-
-def _map(source: m.PageSource, planes: int, page_bytes: int) -> tuple[Segment, native.PagePool]:
-    """Map an engine's pages read-only and describe them to the copier, which checks every bound."""
-    if len(source.plane_offset) != planes or np.any(source.page_bytes != page_bytes):
-        raise LayoutError(
-            f"pages: {len(source.plane_offset)} planes, the layout has {planes} with pages of {page_bytes} bytes"
-        )
-    segment = Segment.attach(
-        Path(source.segment), SegmentKind.PAGES, id=bytes.fromhex(source.segment_id), readonly=True
-    )
-    try:
-        pool = native.PagePool(
-            [segment.region],
-            np.zeros(planes, np.uint32),
-            source.plane_offset,
-            source.page_stride,
-            source.page_bytes,
-            source.pages,
-        )
-    except ValueError as error:
-        segment.close()
-        raise LayoutError(f"pages: {error}") from error
-    return segment, pool

@@ -21,8 +21,6 @@ from lmpipe.stages.gather.outflow import Outflow
 from lmpipe.stages.gather.producers import Engine, MappedSave, Producers
 from lmpipe.tiers.dram import DramTier
 
-COPIES_AT_ONCE = 1
-
 
 class Saves:
     """The save side of gather. `bits` are the tiers below that are to take what is saved."""
@@ -35,12 +33,11 @@ class Saves:
         outflow: Outflow,
         holds: HoldScanner,
         bits: int,
-        copy_threads: int,
     ) -> None:
         self._context, self._dram, self._producers, self._outflow = context, dram, producers, outflow
         self._holds, self._bits = holds, bits
-        self._copier = native.Copier(copy_threads)
-        self._copying = 0
+        self._copying: set[str] = set()
+        """Lanes with a copy under way."""
 
     @property
     def _session(self) -> SessionId:
@@ -58,9 +55,9 @@ class Saves:
             self._context.reply(peer, m.Refused(self._session, "Save", message.save_id, "not registered"))
         elif message.segment == "arena":
             self._save_slots(engine, peer, message)
-        elif message.segment == "pages" and engine.pool is not None and _is_whole(engine, message):
+        elif message.segment == "pages" and engine.reader is not None and _is_whole(engine, message):
             engine.saves.append(MappedSave(message, peer))
-        elif message.segment == "pages" and engine.pool is not None:
+        elif message.segment == "pages" and engine.reader is not None:
             reason = f"chunks of {engine.chunk_pages} pages and {engine.chunk_bytes} bytes were agreed"
             self._context.reply(peer, m.Refused(self._session, "Save", message.save_id, reason))
         else:
@@ -145,13 +142,11 @@ class Saves:
 
     def copy_next(self) -> bool:
         """Start copying the next piece of a mapped save. Returns whether there was one and it could be begun."""
-        if self._copying >= COPIES_AT_ONCE:
-            return False
-        turn = self._producers.next_save()
+        turn = self._producers.next_save(self._copying)
         if turn is None:
             return False
-        engine, save, count = turn
-        message, pool = save.message, engine.pool
+        engine, reader, save, count = turn
+        message = save.message
         part = slice(save.at, save.at + count)
         save.at += count
         if save.at == len(message.chunks):
@@ -174,7 +169,7 @@ class Saves:
             slots.append(slot)
         if len(slots) < len(chunks):
             self._drop(save.peer, message.save_id, "no room in DRAM", chunks[len(slots) :])
-        if not slots or pool is None:
+        if not slots:
             return True
         chunks, page_ids = chunks[: len(slots)], page_ids[: len(slots)]
         arena = self._dram.arena
@@ -182,16 +177,19 @@ class Saves:
         failpoints.hit("gather.save.leased")
 
         def copy() -> None:
-            self._copier.gather(pool, page_ids, arena.region, offsets)
+            reader.gather(page_ids, offsets)
             failpoints.hit("gather.save.copied")
 
-        self._copying += 1
+        lane = reader.lane
+        self._copying.add(lane)
         self._context.submit(
             copy,
-            lambda _: self._copied(engine, save, slots, chunks, ""),
-            lambda error: self._copied(engine, save, slots, chunks, str(error)),
+            lambda _: self._copied(lane, engine, save, slots, chunks, ""),
+            lambda error: self._copied(lane, engine, save, slots, chunks, str(error)),
             "gather.copy",
             urgent=True,  # the engine keeps the pages until then
+            nbytes=len(slots) * engine.chunk_bytes,
+            chunks=len(slots),
         )
         return True
 
@@ -199,8 +197,10 @@ class Saves:
         native.fence()  # every byte that was copied was read before the grant is
         return self._holds.granted(engine.session, message.grant) == message.save_id
 
-    def _copied(self, engine: Engine, save: MappedSave, slots: list[Slot], chunks: ChunkRecords, error: str) -> None:
-        self._copying -= 1
+    def _copied(
+        self, lane: str, engine: Engine, save: MappedSave, slots: list[Slot], chunks: ChunkRecords, error: str
+    ) -> None:
+        self._copying.discard(lane)
         message, arena = save.message, self._dram.arena
         if error or not self._granted(engine, message):
             for slot in slots:

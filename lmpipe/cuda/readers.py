@@ -1,0 +1,203 @@
+"""Readers of engines' pages on GPUs, for gather: pages by IPC to slots of the arena. They move bytes, no more.
+
+    engine's event ─▶ stream of least priority: batched and pitched copies ─▶ own event, for which a thread sleeps
+                      slot pinned: device ─▶ slot
+                      not yet:     device ─▶ bounce buffer ─▶ slot, a window at a time
+
+When `gather` returns, all bytes are in the slots; when it raises, no copy is under way any more: the slots may go to
+somebody else. A copy whose engine died meanwhile counts for nothing. A sticky error is a `DeviceLost`, which ends the
+process: its successor opens everything anew when the engines register again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Generator, Sequence
+
+import numpy as np
+
+from lmpipe import native
+from lmpipe.cuda.copy import Copies, Planes, copies_of
+from lmpipe.cuda.ipc import Allocations, close_source, plane_addresses
+from lmpipe.cuda.pinned import Pinned
+from lmpipe.cuda.runtime import Addresses, Event, Runtime
+from lmpipe.errors import DeviceError
+from lmpipe.messages import DeviceSource, PageIds
+
+BOUNCE_BYTES = 32 << 20
+
+log = logging.getLogger("lmpipe.cuda")
+
+
+class DeviceReaders:
+    """The devices whose engines gather serves, and the arena that their pages go to."""
+
+    def __init__(
+        self, runtimes: Sequence[Runtime], arena: native.Region, copier: native.Copier, bounce_bytes: int = BOUNCE_BYTES
+    ) -> None:
+        """Begins to pin the arena. `copier` empties bounce buffers."""
+        self.pinned = Pinned(runtimes[0], arena, "arena")
+        self._devices = {
+            runtime.uuid: _Device(runtime, arena, self.pinned, copier, bounce_bytes) for runtime in runtimes
+        }
+        for runtime in runtimes:
+            free, total = runtime.memory()
+            log.info("%s: %.1f of %.1f GiB are free", runtime.uuid, free / (1 << 30), total / (1 << 30))
+
+    def open(self, source: DeviceSource, alive: Callable[[], bool]) -> DeviceReader:
+        """A reader of the pages of an engine; `alive`: whether its session is.
+
+        Raises:
+            DeviceError: they cannot be opened, or lie on a device that this gather was not given.
+        """
+        device = self._devices.get(source.device)
+        if device is None:
+            raise DeviceError(
+                f"pages on {source.device}, and this node serves {', '.join(self._devices)}: add it to engines.devices"
+            )
+        return DeviceReader(device, source, alive)
+
+    def close(self) -> None:
+        """Give back pinned memory. All readers are closed."""
+        self.pinned.close()
+        for device in self._devices.values():
+            device.close()
+
+
+class _Device:
+    """What all readers of one device share. One copies at a time (`DeviceReader.lane`)."""
+
+    def __init__(
+        self, runtime: Runtime, arena: native.Region, pinned: Pinned, copier: native.Copier, bounce_bytes: int
+    ) -> None:
+        self.runtime, self.arena, self.pinned, self.copier = runtime, arena, pinned, copier
+        self.allocations = Allocations(runtime)
+        self.bounce_bytes = bounce_bytes
+        self._bounce: native.Region | None = None
+
+    def bounce(self) -> native.Region:
+        """Pinned memory for copies to what is not pinned yet."""
+        if self._bounce is None:
+            self._bounce = native.Region.at(self.runtime.new_pinned(self.bounce_bytes), self.bounce_bytes, True, self)
+        return self._bounce
+
+    def close(self) -> None:
+        bounce, self._bounce = self._bounce, None
+        if bounce is not None:
+            self.runtime.free_pinned(bounce.address)
+
+
+class DeviceReader:
+    """One engine's pages."""
+
+    def __init__(self, device: _Device, source: DeviceSource, alive: Callable[[], bool]) -> None:
+        self._device, self._source, self._alive = device, source, alive
+        runtime = device.runtime
+        addresses = plane_addresses(source, device.allocations)
+        self._planes = Planes(addresses, source.page_stride, source.page_bytes)
+        with contextlib.ExitStack() as undo:
+            undo.callback(close_source, source, device.allocations)
+            self._written = runtime.open_event(bytes.fromhex(source.written_event))
+            undo.callback(runtime.free_event, self._written)
+            self._stream = runtime.new_stream(urgent=False)
+            undo.callback(runtime.free_stream, self._stream)
+            self._copied: Event = runtime.new_event()
+            undo.callback(runtime.free_event, self._copied)
+            self._undo = undo.pop_all()
+        self._lock = threading.Lock()
+        self._users, self._closed = 0, False
+
+    @property
+    def lane(self) -> str:
+        """Copies of one lane take turns: those of a device would only share its link."""
+        return self._device.runtime.uuid
+
+    def gather(self, page_ids: PageIds, offsets: Addresses) -> None:
+        """Copy chunks to the arena; all bytes are there when it returns.
+
+        Args:
+            page_ids: (chunks, pages of a chunk).
+            offsets: (chunks,) where in the arena each begins.
+
+        Raises:
+            DeviceError: no page ids of this engine, no room, or the engine has died; nothing is under way any more.
+            DeviceLost: a sticky error.
+        """
+        nbytes = page_ids.shape[1] * self._planes.bytes_per_page
+        if page_ids.size and not 0 <= page_ids.min() <= page_ids.max() < self._source.pages:
+            raise DeviceError(f"page ids from {page_ids.min()} to {page_ids.max()}, there are {self._source.pages}")
+        if len(offsets) and int(offsets.max()) + nbytes > self._device.arena.nbytes:
+            raise DeviceError(f"{nbytes} bytes at {int(offsets.max())} are not in the arena")
+        with self._in_use():
+            runtime = self._device.runtime
+            try:
+                runtime.wait(self._stream, self._written)
+                pinned = offsets + np.uint64(nbytes) <= self._device.pinned.done_bytes
+                self._to_slots(page_ids[pinned], offsets[pinned])
+                for ids, offset in zip(page_ids[~pinned], offsets[~pinned].tolist(), strict=True):
+                    self._by_bounce(ids[None], offset, nbytes)
+                self._sleep()
+            except DeviceError:
+                runtime.finish(self._stream)  # the slots will be others'
+                raise
+            if not self._alive():
+                raise DeviceError("the engine has died")
+
+    def _to_slots(self, page_ids: PageIds, offsets: Addresses) -> None:
+        if not page_ids.size:
+            return
+        runtime, pinned = self._device.runtime, self._device.pinned
+        payloads = offsets + np.uint64(pinned.address)
+        copies, rows = copies_of(self._planes, page_ids, payloads, pinned.address, pinned.piece_bytes)
+        runtime.copy(copies.dst, copies.src, copies.nbytes, self._stream)
+        rows.start(runtime, self._stream)
+
+    def _by_bounce(self, page_ids: PageIds, offset: int, nbytes: int) -> None:
+        """One chunk, a window of its payload at a time."""
+        device = self._device
+        bounce, window = device.bounce(), np.uint64(device.bounce_bytes)
+        zero = np.zeros(1, np.uint64)
+        copies, _ = copies_of(self._planes, page_ids, zero, 0, device.bounce_bytes, pitched=False)
+        for start in range(0, nbytes, device.bounce_bytes):
+            part = copies.dst // window == start // device.bounce_bytes
+            there = Copies(copies.dst[part] % window + np.uint64(bounce.address), copies.src[part], copies.nbytes[part])
+            device.runtime.copy(there.dst, there.src, there.nbytes, self._stream)
+            self._sleep()
+            size = min(device.bounce_bytes, nbytes - start)
+            device.copier.memcpy(device.arena, offset + start, bounce, 0, size)
+
+    def _sleep(self) -> None:
+        """Until the stream has done all it was given."""
+        self._device.runtime.record(self._copied, self._stream)
+        self._device.runtime.synchronize(self._copied)
+
+    @contextlib.contextmanager
+    def _in_use(self) -> Generator[None]:
+        with self._lock:
+            if self._closed:
+                raise DeviceError("the engine has gone")
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                last = self._closed and not self._users
+            if last:
+                self._end()
+
+    def close(self) -> None:
+        """Let go of the pages: at once, or when the copy that is under way has ended."""
+        with self._lock:
+            last = not self._closed and not self._users
+            self._closed = True
+        if last:
+            self._end()
+
+    def _end(self) -> None:
+        try:
+            self._undo.close()
+        except DeviceError as error:
+            log.warning("%s", error)
