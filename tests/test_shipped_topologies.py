@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import urllib.request
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ import pytest
 
 from lmpipe import KVLayout, native
 from lmpipe import topology as tp
-from lmpipe.cli import main
+from lmpipe.cli import check, main
+from lmpipe.launch import node as launch_node
+from lmpipe.launch.devices import lacking
+from lmpipe.rundir import RunDir
 from lmpipe.testing import Node
 
 SHIPPED = sorted((Path(__file__).parent.parent / "topologies").glob("*.yaml"))
@@ -29,7 +33,28 @@ def small(path: Path, tmp_path: Path) -> dict[str, Any]:
         tiers["remote"] = {"url": f"file://{tmp_path}/remote", "capacity": "32MiB"}
     sizes = dict.fromkeys(("compress", "persist", "replicate"), "4MiB")
     index = dict.fromkeys(("dram", "ssd", "remote"), "4MiB")
-    return {"tiers": tiers, "rings": sizes, "index": index, "heartbeat_ms": 100, "metrics": None}
+    changes: dict[str, Any] = {"tiers": tiers, "rings": sizes, "index": index, "heartbeat_ms": 100, "metrics": None}
+    return changes | ({"engines": {"devices": []}} if topology.engines.devices else {})  # all the rest of it
+
+
+WITH_GPUS = [path for path in SHIPPED if tp.load(path).engines.devices]
+
+
+@pytest.mark.parametrize("path", WITH_GPUS, ids=lambda path: path.stem)
+def test_without_a_gpu(path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is right, the machine is not: said at once, and nothing is begun."""
+    for module in (check, launch_node):
+        monkeypatch.setattr(module, "lacking", partial(lacking, drivers=()))
+    assert main(["check", str(path)]) == 0
+    assert "warning: engines.devices names GPU 0" in capsys.readouterr().out
+    assert main(["up", str(path)]) == 1
+    said = capsys.readouterr().err
+    assert "engines.devices names GPU 0" in said and "there is no GPU driver here" in said
+    assert not RunDir(Path(tp.load(path).run_dir)).path.exists()
+
+
+def test_there_are_some() -> None:
+    assert [path.stem for path in WITH_GPUS] == ["single-gpu", "two-gpus"]
 
 
 def pool_of(pages: np.ndarray) -> native.PagePool:

@@ -279,6 +279,33 @@ def test_node_json_changes_with_its_version_only() -> None:
     assert (tp.NODE_VERSION, hashlib.sha256(schema).hexdigest()[:16]) == (2, "d467f2eb1378cb30")
 
 
+UUID = "GPU-00112233-4455-6677-8899-AABBCCddeeff"
+
+
+def test_devices_by_number_or_uuid() -> None:
+    text = MINIMAL + f"engines: {{devices: [0, '1', {UUID}, {UUID.replace('GPU', 'MIG')}]}}\n"
+    found = parse(text).engines.devices
+    assert found == ["0", "1", UUID, UUID.replace("GPU", "MIG")]
+
+
+@pytest.mark.parametrize(
+    ("engines", "problem"),
+    [
+        ("devices: [gpu0]", 'engines.devices[0]: "gpu0" is no GPU; write its UUID as nvidia-smi -L shows it, or its'),
+        ("devices: [0, true]", 'engines.devices[1]: "True" is no GPU'),
+        ("devices: [-1]", 'engines.devices[0]: "-1" is no GPU'),
+        (f"devices: [{UUID}0]", "engines.devices[0]: "),
+        ("devices: 0", "engines.devices: a list is wanted here"),
+        ("device: [0]", 'engines.device: unknown field; did you mean "devices"?'),
+        ("devices: [1, 1]", "engines.devices[1]: a second entry for the GPU 1"),
+        (f"devices: {list(range(17))}", "engines.devices: 17 GPUs, one node takes 16"),
+    ],
+)
+def test_devices_that_are_none(engines: str, problem: str) -> None:
+    (found,) = problems(MINIMAL + f"engines: {{{engines}}}\n")
+    assert found.startswith(f"f.yaml:3: {problem}")
+
+
 def test_a_run_directory_is_not_taken_for_the_one_beside_another_s() -> None:
     line = "ends with .pages, as the directory beside a node's does; choose another run_dir or name"
     assert problems(MINIMAL.replace("name: a", "name: a.pages")) == [f"f.yaml:1: run_dir: {line}"]
