@@ -51,7 +51,7 @@ SECONDS := 600
 chaos: setup
 	$(BIN)/python -m tests.chaos --seconds $(SECONDS) --go-on
 
-# The kernels, which `make test` interprets, on a GPU; they are skipped where torch sees none.
+# Kernels and IPC on a GPU; skipped where torch sees none. CuPy has to be there for IPC: pip install "lmpipe[gpu]".
 test-gpu: setup
 	$(BIN)/python -m pytest --gpu tests/cuda
 

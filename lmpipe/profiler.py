@@ -41,6 +41,15 @@ NO_RIGHTS = (
 Say = Callable[[str], None]
 
 
+def nsys_command(out: Path, arguments: Sequence[str]) -> list[str]:
+    """`lmpipe profile ARGUMENTS` under Nsight Systems, which follows all of a node's processes: what GPUs do, beside the
+    nvtx ranges with their bytes and chunks, in `out`/nsys.nsys-rep.
+    """
+    options = ["--trace=cuda,nvtx,osrt", "--sample=none", "--cpuctxsw=none", "--force-overwrite=true"]
+    watched = [sys.executable, "-P", "-m", "lmpipe", "profile", *arguments, "--no-nsys"]
+    return [shutil.which("nsys") or "nsys", "profile", *options, f"--output={out / 'nsys'}", *watched]
+
+
 @dataclass(frozen=True, slots=True)
 class SpanTime:
     """All spans of one name in one process. A span that lies in another is counted in both."""

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+import subprocess
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 
 import orjson
 import rich.box
 from rich.console import Console
 from rich.table import Table
 
+from lmpipe import topology as tp
 from lmpipe.cli.console import wide_console
 from lmpipe.cli.nodes import Subparsers, add_verb
 from lmpipe.errors import LmpipeError
-from lmpipe.profiler import Profile, profile
+from lmpipe.profiler import Profile, nsys_command, profile
 
 EXAMPLES = """
 lmpipe profile                              the demo's model and documents for half a minute
 lmpipe profile topologies/local.yaml        that topology, under a built-in load of saves and loads
 lmpipe profile topologies/local.yaml --seconds 60 --out out/local
 lmpipe profile demo --json                  paths and times as JSON
+lmpipe profile topologies/single-gpu.yaml   under Nsight Systems as well, where it is installed (--no-nsys: not)
 
 out/profile/NAME.svg are flame graphs, for a browser; out/profile/trace.json opens at https://ui.perfetto.dev
 """
@@ -37,6 +42,11 @@ def add(verbs: Subparsers) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("out/profile"), metavar="DIR", help="where results go (default: out/profile)"
     )
+    parser.add_argument(
+        "--nsys",
+        action=argparse.BooleanOptionalAction,
+        help="run under Nsight Systems, or say how (default: where the topology names GPUs)",
+    )
     parser.add_argument("--json", action="store_true", help="print paths and times as JSON; progress goes to stderr")
     parser.set_defaults(run=run)
 
@@ -49,8 +59,16 @@ def run(args: argparse.Namespace) -> int:
     out: Path = args.out
     as_json: bool = args.json
     console = wide_console(stderr=as_json)
+    file = None if what == DEMO else Path(what)
+    if args.nsys or (args.nsys is None and file is not None and tp.load(file).engines.devices):
+        arguments = [what, "--seconds", str(args.seconds), "--out", str(out), *["--json"] * as_json]
+        command = nsys_command(out, arguments)
+        if which(command[0]):
+            out.mkdir(parents=True, exist_ok=True)
+            return subprocess.run(command, check=False).returncode
+        console.print(f"Nsight Systems is not installed; with it: {shlex.join(command)}", highlight=False)
     with console.status("starting") as status:
-        found = profile(None if what == DEMO else Path(what), args.seconds, out, status.update)
+        found = profile(file, args.seconds, out, status.update)
     if as_json:
         print(orjson.dumps(asdict(found), option=orjson.OPT_INDENT_2, default=str).decode())
     else:

@@ -1,6 +1,10 @@
-"""Codecs on a GPU: Triton kernels that read an engine's pages and write encoded chunks, and back.
+"""GPUs, in two parts that do not know each other. Knows no stage, no tier and no engine.
 
-One file per codec, encode and decode side by side; the bytes are those of `lmpipe.codecs`. Everything runs on torch's
-current stream, and nothing waits for it. Knows no slot, no tier and no engine; only an engine's process, or the gather
-of a GPU, imports this package.
+Kernels, in an engine's process: Triton reads an engine's pages and writes encoded chunks, and back. One file per codec,
+encode and decode side by side; the bytes are those of `lmpipe.codecs`. Everything runs on torch's current stream, and
+nothing waits for it.
+
+Copies, in the process of gather: `runtime` says what is asked of CUDA, `ipc` exports and opens pages, `pinned` registers
+the arena, `copy` plans, `readers` is what gather is given. Only `cupy_runtime` imports CuPy, and only the launcher of a
+topology that names a GPU imports that.
 """

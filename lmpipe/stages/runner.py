@@ -219,7 +219,7 @@ class Runner:
                     name = self._names.get((seat.name, type(message)))
                     if name is None:
                         name = self._names[seat.name, type(message)] = f"{seat.name}.{type(message).__name__}"
-                    with self._spans.span(name, 0, chunk_count(message) if self._spans.recording else 0):
+                    with self._spans.span(name, 0, chunk_count(message) if self._spans.watched else 0):
                         seat.stage.handle(peer, message)
 
     def _finish_jobs(self, seat: Seat) -> None:

@@ -10,7 +10,10 @@ import yaml
 
 from lmpipe import profiler
 from lmpipe.cli import main
+from lmpipe.cli import profile as cli_profile
 from lmpipe.testing import small_topology
+
+SHIPPED = Path(__file__).parents[2] / "topologies"
 
 
 def test_a_topology_is_profiled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -32,6 +35,33 @@ def test_a_topology_is_profiled(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert found["flames"] or found["problems"], "a missing flame graph is explained"
     for path in found["flames"]:
         assert "<svg" in Path(path).read_text()
+
+
+def test_nsight_systems_is_run_where_it_is(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program of that name tells what it was started with."""
+    nsys, out = tmp_path / "nsys", tmp_path / "out"
+    nsys.write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done\nexit 3\n')
+    nsys.chmod(0o700)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    file = SHIPPED / "single-gpu.yaml"
+    assert main(["profile", str(file), "--seconds", "2", "--out", str(out)]) == 3
+    words = capfd.readouterr().out.split("\n")[:-1]
+    assert words[:2] == ["profile", "--trace=cuda,nvtx,osrt"] and f"--output={out}/nsys" in words
+    assert words[-8:] == ["lmpipe", "profile", str(file), "--seconds", "2.0", "--out", str(out), "--no-nsys"]
+
+
+def test_how_to_run_under_nsight_systems_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(cli_profile, "profile", lambda *_: profiler.Profile(tmp_path, [], [], 1.0, []))
+    assert main(["profile", str(SHIPPED / "local.yaml"), "--nsys", "--seconds", "1", "--out", str(tmp_path)]) == 1
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert "Nsight Systems is not installed; with it: nsys profile --trace=cuda,nvtx,osrt" in said
+    assert main(["profile", str(SHIPPED / "local.yaml"), "--out", str(tmp_path)]) == 1
+    assert "Nsight" not in capsys.readouterr().out, "no GPU is named"
 
 
 def test_a_missing_py_spy_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
