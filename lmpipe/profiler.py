@@ -42,8 +42,8 @@ Say = Callable[[str], None]
 
 
 def nsys_command(out: Path, arguments: Sequence[str]) -> list[str]:
-    """`lmpipe profile ARGUMENTS` under Nsight Systems, which follows all of a node's processes: what GPUs do, beside the
-    nvtx ranges with their bytes and chunks, in `out`/nsys.nsys-rep.
+    """`lmpipe profile ARGUMENTS` under Nsight Systems, which follows all of a node's processes: what GPUs do, beside
+    the nvtx ranges with their bytes and chunks, in `out`/nsys.nsys-rep.
     """
     options = ["--trace=cuda,nvtx,osrt", "--sample=none", "--cpuctxsw=none", "--force-overwrite=true"]
     watched = [sys.executable, "-P", "-m", "lmpipe", "profile", *arguments, "--no-nsys"]

@@ -65,7 +65,7 @@ def warnings_of(topology: Topology) -> list[str]:
         if not os.access(directory, os.W_OK):
             found.append(f"{directory} cannot be written")
     if problem := lacking(topology):
-        found.append(problem)
+        found.append(str(problem))
     cpus = os.sched_getaffinity(0)
     for process in topology.processes:
         if missing := sorted(set(process.cpus or ()) - cpus):

@@ -4,7 +4,7 @@ Kernels, in an engine's process: Triton reads an engine's pages and writes encod
 encode and decode side by side; the bytes are those of `lmpipe.codecs`. Everything runs on torch's current stream, and
 nothing waits for it.
 
-Copies, in the process of gather: `runtime` says what is asked of CUDA, `ipc` exports and opens pages, `pinned` registers
-the arena, `copy` plans, `readers` is what gather is given. Only `cupy_runtime` imports CuPy, and only the launcher of a
+Copies, in the process of gather: `runtime` says what is asked of CUDA, `ipc` exports and opens pages, `pinned` pins the
+arena, `copy` plans, `readers` is what gather is given. Only `cupy_runtime` imports CuPy, and only the launcher of a
 topology that names a GPU imports that.
 """

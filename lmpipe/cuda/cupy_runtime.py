@@ -17,6 +17,7 @@ from cupy.cuda import runtime as api
 from lmpipe.cuda.runtime import (
     NOT_EXPORTABLE,
     NOT_PINNABLE,
+    NOT_READY,
     Addresses,
     Event,
     Runtime,
@@ -142,6 +143,13 @@ class CupyRuntime:
     def wait(self, stream: Stream, event: Event) -> None:
         with self._doing("waiting for an event"):
             api.streamWaitEvent(stream, event, 0)
+
+    def reached(self, event: Event) -> bool:
+        with self._doing("looking at an event"):
+            status = api.eventQuery(event)
+        if status not in (0, NOT_READY):
+            raise failure(status, "cudaEventQuery", "looking at an event")
+        return not status
 
     def synchronize(self, event: Event) -> None:
         with self._doing("copying"):

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lmpipe.cuda.runtime import HANDLE_BYTES, Addresses, Runtime, Stream
+from lmpipe.cuda.runtime import Addresses, Runtime, Stream
 from lmpipe.errors import DeviceError
 from lmpipe.messages import DeviceSource
 
@@ -103,17 +103,21 @@ class Allocations:
         with self._lock:
             opened = self._opened.get(handle)
             if opened is None:
-                base = self._runtime.open_memory(bytes.fromhex(handle))
-                opened = self._opened[handle] = _Opened(base, self._bytes_from(base), 0)
+                opened = self._opened[handle] = self._map(handle)
             opened.users += 1
         if nbytes > opened.nbytes:
             self.close(handle)
             raise DeviceError(f"an allocation of {nbytes} bytes was announced, the driver knows {opened.nbytes}")
         return opened.base
 
-    def _bytes_from(self, base: int) -> int:
-        start, nbytes = self._runtime.allocation(base)
-        return start + nbytes - base
+    def _map(self, handle: str) -> _Opened:
+        base = self._runtime.open_memory(bytes.fromhex(handle))
+        try:
+            start, nbytes = self._runtime.allocation(base)
+        except DeviceError:
+            self._runtime.close_memory(base)
+            raise
+        return _Opened(base, start + nbytes - base, 0)
 
     def close(self, handle: str) -> None:
         """One user less; the last one unmaps it."""
@@ -147,6 +151,3 @@ def close_source(source: DeviceSource, allocations: Allocations) -> None:
     """Inverse of `plane_addresses`."""
     for handle in source.handles:
         allocations.close(handle)
-
-
-assert HANDLE_BYTES == 64, "as messages.py bounds it"

@@ -1,6 +1,6 @@
 """Readers of engines' pages on GPUs, for gather: pages by IPC to slots of the arena. They move bytes, no more.
 
-    engine's event ─▶ stream of least priority: batched and pitched copies ─▶ own event, for which a thread sleeps
+    engine's event ─▶ reached? ─▶ stream of least priority: batched and pitched copies ─▶ own event: a thread sleeps
                       slot pinned: device ─▶ slot
                       not yet:     device ─▶ bounce buffer ─▶ slot, a window at a time
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Callable, Generator, Sequence
 
 import numpy as np
@@ -23,10 +24,14 @@ from lmpipe.cuda.copy import Copies, Planes, copies_of
 from lmpipe.cuda.ipc import Allocations, close_source, plane_addresses
 from lmpipe.cuda.pinned import Pinned
 from lmpipe.cuda.runtime import Addresses, Event, Runtime
-from lmpipe.errors import DeviceError
+from lmpipe.errors import DeviceError, DeviceLost
 from lmpipe.messages import DeviceSource, PageIds
 
 BOUNCE_BYTES = 32 << 20
+LOOK_S = 0.0002
+"""How often it is looked whether the engine's event is reached."""
+GRACE_S = 2.0
+"""So long the work of an engine that has died may go on before its event counts as one that nobody will reach."""
 
 log = logging.getLogger("lmpipe.cuda")
 
@@ -60,10 +65,13 @@ class DeviceReaders:
         return DeviceReader(device, source, alive)
 
     def close(self) -> None:
-        """Give back pinned memory. All readers are closed."""
-        self.pinned.close()
-        for device in self._devices.values():
-            device.close()
+        """Give back pinned memory. All readers are closed, or the process is about to end."""
+        try:
+            self.pinned.close()
+            for device in self._devices.values():
+                device.close()
+        except (DeviceError, DeviceLost) as error:  # the end of the process gives it back
+            log.warning("%s", error)
 
 
 class _Device:
@@ -133,7 +141,7 @@ class DeviceReader:
         with self._in_use():
             runtime = self._device.runtime
             try:
-                runtime.wait(self._stream, self._written)
+                self._wait_until_written()
                 pinned = offsets + np.uint64(nbytes) <= self._device.pinned.done_bytes
                 self._to_slots(page_ids[pinned], offsets[pinned])
                 for ids, offset in zip(page_ids[~pinned], offsets[~pinned].tolist(), strict=True):
@@ -144,6 +152,20 @@ class DeviceReader:
                 raise
             if not self._alive():
                 raise DeviceError("the engine has died")
+
+    def _wait_until_written(self) -> None:
+        """No copy is queued behind an event of another process: it may die before it is reached, and a stream waits for
+        ever then, of which only the end of this process is rid.
+        """
+        runtime = self._device.runtime
+        runtime.wait(self._stream, self._written)  # its latest record; later ones are of later saves
+        runtime.record(self._copied, self._stream)
+        dead_s = 0.0
+        while not runtime.reached(self._copied):
+            if dead_s > GRACE_S:
+                raise DeviceLost("a stream waits for an event of an engine that has died")
+            time.sleep(LOOK_S)
+            dead_s += 0.0 if self._alive() else LOOK_S
 
     def _to_slots(self, page_ids: PageIds, offsets: Addresses) -> None:
         if not page_ids.size:

@@ -22,9 +22,6 @@ Stream = NewType("Stream", int)
 Event = NewType("Event", int)
 Addresses = npt.NDArray[np.uint64]
 
-HANDLE_BYTES = 64
-"""Of a memory or event handle, CUDA's and HIP's: `CUDA_IPC_HANDLE_SIZE`."""
-
 INVALID_VALUE, OUT_OF_MEMORY, UNINITIALIZED, MAP_FAILED = 1, 2, 201, 205
 OPERATING_SYSTEM, INVALID_HANDLE, NOT_READY = 304, 400, 600
 ALREADY_PINNED, NOT_PINNED, NOT_SUPPORTED = 712, 713, 801
@@ -130,6 +127,10 @@ class Runtime(Protocol):
 
     def wait(self, stream: Stream, event: Event) -> None:
         """What the stream is given from now on begins after the event's latest record; never recorded: at once."""
+        ...
+
+    def reached(self, event: Event) -> bool:
+        """Whether the event is reached; never waits."""
         ...
 
     def synchronize(self, event: Event) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 from lmpipe.topology import Topology
 
@@ -11,14 +12,25 @@ DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/kfd"), Path("/dev/dxg"))
 """What a driver makes: NVIDIA's, AMD's, and that of Windows' Linux."""
 
 
-def lacking(topology: Topology, drivers: tuple[Path, ...] = DRIVERS) -> str:
-    """What is in the way of the topology's GPUs, and the mend; nothing if it names none, or nothing is."""
+class Lack(NamedTuple):
+    """What is in the way of a topology's GPUs, and the mend."""
+
+    seen: str
+    todo: str
+
+    def __str__(self) -> str:
+        return f"{self.seen}; {self.todo}"
+
+
+def lacking(topology: Topology, drivers: tuple[Path, ...] = DRIVERS) -> Lack | None:
+    """What this machine lacks; None: nothing, or no GPU is named."""
     devices = topology.engines.devices
-    if not devices:
-        return ""
     named = f"engines.devices names GPU {', '.join(devices)}"
+    if not devices:
+        return None
     if not any(path.exists() for path in drivers):
-        return f"{named}, and there is no GPU driver here; install one, give the container its GPUs, or leave it out"
+        todo = "install one, give the container its GPUs, or leave the devices out"
+        return Lack(f"{named}, and there is no GPU driver here", todo)
     if find_spec("cupy") is None:
-        return f"{named}, and CuPy is not installed: pip install 'lmpipe[gpu]'"
-    return ""
+        return Lack(f"{named}, and CuPy is not installed", "pip install 'lmpipe[gpu]'")
+    return None

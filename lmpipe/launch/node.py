@@ -52,7 +52,7 @@ def run_node(
         SegmentError: there is no room for its segments; nothing is left behind.
     """
     if problem := lacking(topology):
-        raise NodeError(problem)
+        raise NodeError(str(problem))
     paths = RunDir(Path(topology.run_dir))
     with contextlib.ExitStack() as undo:
         signals = SignalPipe()

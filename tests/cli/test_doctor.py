@@ -17,6 +17,7 @@ from lmpipe.cli.doctor import contents, disk, leftovers, machine
 from lmpipe.cli.doctor import node as running
 from lmpipe.cli.doctor.finding import Finding, Level
 from lmpipe.handles import SessionId, Tier
+from lmpipe.launch.devices import Lack
 from lmpipe.launch.overview import ProcessView, overview
 from lmpipe.lifecycle import SlotEvent
 from lmpipe.rundir import RunDir
@@ -64,6 +65,17 @@ def test_shared_memory(line: str, total: int, free: int, wanted: int, expected: 
     mount = machine.mount_of(Path("/dev/shm/lmpipe-0"), f"{ROOT}\n{line}\n")
     assert mount.point == Path("/dev/shm")
     assert verdict(machine.shared_memory(mount, total, free, wanted)) == expected
+
+
+def test_gpus() -> None:
+    with_gpus, lack = topology("engines: {devices: [0, 1]}"), Lack("no driver", "install one")
+    assert machine.gpus(None, None) == machine.gpus(topology(), None) == []
+    assert [verdict(finding) for finding in machine.gpus(with_gpus, None)] == [OK]
+    assert [verdict(finding) for finding in machine.gpus(with_gpus, lack)] == [FAIL]
+    soft = {"nofile": -1, "fsize": -1, "as": -1, "memlock": 8 << 20}
+    for wanted, expected in ((with_gpus, WARN), (topology(), OK)):
+        assert verdict(machine.limits(wanted, soft)[-1]) == expected
+    assert verdict(machine.limits(with_gpus, {**soft, "memlock": -1})[-1]) == OK
 
 
 def test_the_mount_is_the_nearest_one() -> None:

@@ -3,7 +3,7 @@
 What CUDA's documentation says of a call, this one does: a handle cannot be opened by its exporter, nor when that is
 dead; opening twice gives the same address and wants two closes; memory without a legacy handle is not exported;
 registering memory twice is refused; a copy may not cross the border of two registrations; after a fault every call
-fails. Streams do nothing before somebody waits for them, so that who forgets to wait finds no bytes.
+fails. Streams do nothing before somebody looks at an event or waits, so that who forgets to finds no bytes.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ class _EventState:
 
 @dataclass
 class _StreamState:
-    operations: list[Callable[[], None]] = field(default_factory=list)
+    operations: list[Callable[[], object]] = field(default_factory=list)
+    """Each done when it does not return False."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -74,8 +75,8 @@ class FakeRuntime:
         self.uuid = f"GPU-00000000-0000-0000-0000-{number:012d}"
         self.process = secrets.token_bytes(16)
         (directory / f"process-{self.process.hex()}").write_text(str(os.getpid()))
-        self.opens = self.pageable = self.copies = self.pitched = 0
-        """Handles mapped; copies of memory that is not pinned; linear and pitched copies."""
+        self.opens = self.pageable = self.copies = self.pitched = self.waits = 0
+        """Handles mapped; copies of memory that is not pinned; linear, pitched copies; streams waiting for events."""
         self._fault = 0
         self._allocations: dict[int, _Allocation] = {}
         self._closed: list[tuple[int, _Mapping]] = []
@@ -100,7 +101,7 @@ class FakeRuntime:
         assert allocation is not None
         return allocation.mapping.bytes[address - allocation.mapping.base :][:nbytes]
 
-    def launch(self, stream: Stream, kernel: Callable[[], None]) -> None:
+    def launch(self, stream: Stream, kernel: Callable[[], object]) -> None:
         """Work for a stream."""
         self._streams[stream].operations.append(kernel)
 
@@ -201,7 +202,7 @@ class FakeRuntime:
         return stream
 
     def free_stream(self, stream: Stream) -> None:
-        self.finish(stream)
+        self._drain(self._streams[stream], lambda: False)
         del self._streams[stream]
 
     def new_event(self, *, shared: bool = False) -> Event:
@@ -227,27 +228,32 @@ class FakeRuntime:
 
     def wait(self, stream: Stream, event: Event) -> None:
         self._check("waiting")
+        self.waits += 1
         words = self._events[event].words
-        self.launch(stream, lambda: _until(lambda: words[1] >= record))
         record = int(words[0])
+        self.launch(stream, lambda: bool(words[1] >= record))
 
-    def synchronize(self, event: Event) -> None:
-        self._check("synchronising")
+    def reached(self, event: Event) -> bool:
         words = self._events[event].words
         record = int(words[0])
         for stream in list(self._streams.values()):
             self._drain(stream, lambda: words[1] >= record)
-        _until(lambda: words[1] >= record)
+        return bool(words[1] >= record)
+
+    def synchronize(self, event: Event) -> None:
+        _until(lambda: self.reached(event))
 
     def finish(self, stream: Stream) -> None:
-        self._check("finishing")
-        self._drain(self._streams[stream], lambda: False)
+        _until(lambda: self._drain(self._streams[stream], lambda: False))
 
-    def _drain(self, stream: _StreamState, enough: Callable[[], bool]) -> None:
-        with stream.lock:
-            while stream.operations and not enough():
-                stream.operations.pop(0)()
+    def _drain(self, stream: _StreamState, enough: Callable[[], object]) -> bool:
+        """Do what can be done; whether all of it is."""
         self._check("copying")
+        with stream.lock:
+            while stream.operations and not enough() and stream.operations[0]() is not False:
+                stream.operations.pop(0)
+        self._check("copying")
+        return not stream.operations
 
     def pin(self, address: int, nbytes: int) -> None:
         overlaps = any(address < start + size and start < address + nbytes for start, size in self._pins.items())

@@ -12,6 +12,7 @@ import pytest
 from fake_runtime import FakeRuntime
 
 from lmpipe import native
+from lmpipe.cuda import readers
 from lmpipe.cuda.ipc import Allocations, ExportedPages
 from lmpipe.cuda.readers import DeviceReader, DeviceReaders
 from lmpipe.cuda.runtime import NOT_SUPPORTED, STICKY, Runtime, failure
@@ -143,7 +144,7 @@ def test_closing_waits_for_the_copy_under_way(directory: Path, gather: GatherPro
     threads[1].start()
     begun.wait(10)
     threads[0].start()
-    while not gather.runtime.copies:
+    while not gather.runtime.waits:
         pass
     reader.close()
     assert gather.runtime.open_now == 2, "still mapped"
@@ -214,6 +215,20 @@ def test_what_a_dying_engine_had_counts_for_nothing(directory: Path, gather: Gat
     reader.close()
 
 
+def test_an_event_that_the_dead_will_not_reach(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It died while its kernels ran: no stream of gather may wait for them for ever."""
+    monkeypatch.setattr(readers, "GRACE_S", 0.005)
+    gather, engine = GatherProcess(directory), EngineProcess(directory)
+    engine.runtime.launch(engine.stream, lambda: engine.write(2))
+    engine.exported.mark(engine.stream)
+    reader = gather.readers.open(engine.exported.source, lambda: False)
+    with pytest.raises(DeviceLost, match="an event of an engine that has died"):
+        reader.gather(IDS, OFFSETS)
+    assert not gather.runtime.copies and not gather.arena.any()
+    reader.close()
+    gather.readers.close()
+
+
 def test_nothing_is_under_way_after_a_refused_copy(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The slots are given to others then."""
     gather, engine = GatherProcess(directory), EngineProcess(directory, apart=True)
@@ -242,6 +257,7 @@ def test_a_sticky_error_is_for_the_process_to_end(directory: Path) -> None:
     assert isinstance(caught.value, ProtocolViolation), "the runner ends the process"
     with pytest.raises(DeviceLost):
         gather.readers.open(engine.exported.source, alive)
+    gather.readers.close()  # what nothing can be done about is said, and the process ends as it was to
 
 
 def test_reading_after_a_close_would_be_a_fault(directory: Path) -> None:

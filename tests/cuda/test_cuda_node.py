@@ -95,8 +95,8 @@ def test_saves_from_two_devices_and_a_sticky_error(directory: Path) -> None:
         assert all(engine.producer.wait_ready(30) for engine in engines)
         assert all(engine.save(1) for engine in engines)
         assert all(engine.loads_what_it_saved(1) for engine in engines)
-        (directory / "fault").touch()
-        pid = next(process.pid for process in node.status().processes if process.name == "gather")
+        (directory / "fault-copying").touch()
+        pid = gather_of(node)
         assert not engines[0].save(2)
         node.wait_restarted("gather", pid)
         for engine in engines:
@@ -105,8 +105,19 @@ def test_saves_from_two_devices_and_a_sticky_error(directory: Path) -> None:
         said = node.paths.log("gather").read_text()
         assert "the device is lost to this process" in said
         assert "arena: 0.00 of 0.00 GiB are pinned" in said
+        assert "gather: exit status 70; starting it again" in node.output
+        pid = gather_of(node)
+        (directory / "fault-opening").touch()
+        engines.append(Engine(node, directory))
+        node.wait_restarted("gather", pid)
+        until(lambda: engines[-1].producer.wait_ready(1) and engines[-1].save(4))
         for engine in engines:
             engine.close()
+
+
+def gather_of(node: Node) -> int:
+    """Its pid."""
+    return next(process.pid for process in node.status().processes if process.name == "gather")
 
 
 ENGINE = """

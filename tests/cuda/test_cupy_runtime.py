@@ -46,7 +46,9 @@ class Api(ModuleType):
             self.calls.append((name, *args))
             if self.status and name != "setDevice":
                 raise CUDARuntimeError(self.status)
-            return {"getDeviceCount": 2, "memGetInfo": (1, 2), "ipcGetMemHandle": bytes(64)}.get(name, 7)
+            return {"getDeviceCount": 2, "memGetInfo": (1, 2), "ipcGetMemHandle": bytes(64), "eventQuery": 600}.get(
+                name, 7
+            )
 
         return call
 
@@ -143,6 +145,7 @@ def test_every_call_names_its_device_first(api: Api) -> None:
         ("ipcOpenMemHandle", bytes(64), 1),
         ("memcpy2DAsync", 1, 2, 3, 4, 5, 6, 4, 7),
     ]
+    assert not runtime.reached(event)
     for call in (runtime.free_event, runtime.synchronize, runtime.export_event):
         call(event)
     for release in (runtime.unpin, runtime.free_pinned, runtime.close_memory, runtime.new_pinned):

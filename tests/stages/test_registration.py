@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lmpipe import native
@@ -20,7 +21,7 @@ from lmpipe.errors import LayoutError, SegmentError
 from lmpipe.handles import Codec, SessionId, Tier
 from lmpipe.index import IndexWriter
 from lmpipe.layout import KVLayout
-from lmpipe.messages import PageSource, Register, Save, no_chunks
+from lmpipe.messages import DeviceSource, PageSource, Register, Save, no_chunks
 from lmpipe.rundir import RunDir
 from lmpipe.shm.node import NodeWords
 from lmpipe.shm.slots import SlotOwner
@@ -84,6 +85,41 @@ def hello_of(layout: KVLayout, pages: PageSource | None = None) -> Register:
         leases=4,
         pages=pages,
     )
+
+
+class NoReader:
+    """Of a device."""
+
+    def __init__(self, source: DeviceSource, alive: Callable[[], bool]) -> None:
+        self.lane = source.device
+
+    def gather(self, page_ids: object, offsets: object) -> None:
+        """Copies nothing."""
+
+    def close(self) -> None:
+        """Has nothing."""
+
+
+def test_copies_of_one_device_take_turns(dram: DramTier) -> None:
+    absent = Path("/dev/shm/lmpipe-test-absent.pages")
+    readers = PageReaders(dram.arena.region, native.Copier(1), NoReader)
+    book = LayoutBook(RunDir(absent))
+    producers = Producers(dram, lambda _: True, 4, 4, absent, readers, tiers_of("raw"), book)
+    words = np.zeros(KNOWN.plane_count, np.uint64)
+    sizes = words + np.uint64(KNOWN.page_bytes)
+    engines: list[Engine] = []
+    for session, device in ((1, "GPU-a"), (2, "GPU-a"), (3, "GPU-b")):
+        source = DeviceSource(device, ["00" * 64], sizes[:1], words, words, sizes, sizes, 1, "00" * 64)
+        hello = replace(hello_of(KNOWN), session=SessionId(session), pages=source)
+        engines.append(producers.register(hello, Peer("save", b"x")))
+        engines[-1].saves.append(MappedSave(Save(SessionId(session), 7, "pages", no_chunks()), Peer("save", b"x")))
+    found = [producers.next_save(busy) for busy in (set(), {"GPU-a"}, {"GPU-b"}, {"GPU-a", "GPU-b"})]
+    assert [turn and turn[0].session for turn in found] == [1, 3, 2, None]
+    other = replace(hello_of(KNOWN), pages=replace(source, page_bytes=sizes + np.uint64(1)))
+    with pytest.raises(LayoutError, match="the layout has 4 with pages of 2048 bytes"):
+        producers.register(other, Peer("save", b"x"))
+    with pytest.raises(LayoutError, match=r"the topology names no GPU: add it to engines\.devices"):
+        registry(dram, "raw").register(hello, Peer("save", b"x"))
 
 
 def register(dram: DramTier, layout: KVLayout, codec: str) -> Engine:

@@ -15,6 +15,7 @@ from lmpipe import native
 from lmpipe.cli.check import available_memory, bytes_in, existing, shared_bytes
 from lmpipe.cli.doctor.finding import Finding, fail, ok, warn
 from lmpipe.cli.picture import size
+from lmpipe.launch.devices import Lack, lacking
 from lmpipe.rundir import RunDir
 from lmpipe.topology import Topology
 
@@ -64,6 +65,7 @@ def examine(topology: Topology | None, run_dir: Path) -> list[Finding]:
     return [
         shared_memory(mount, usage.total, usage.free + taken, wanted),
         memory(available + taken, cgroup_limit(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup").read_text()), wanted),
+        *gpus(topology, lacking(topology) if topology else None),
         *limits(topology, {name: resource.getrlimit(number)[0] for name, number in LIMITS.items()}),
         huge_pages(mount, Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled"), wanted),
         numa(topology, Path("/sys/devices/system/node")),
@@ -118,6 +120,15 @@ def memory(available: int, limit: int, wanted: int) -> Finding:
     return ok("memory", seen)
 
 
+def gpus(topology: Topology | None, lack: Lack | None) -> list[Finding]:
+    """Whether what the topology's GPUs need is there; nothing where none is named."""
+    if topology is None or not topology.engines.devices:
+        return []
+    if lack is not None:
+        return [fail("GPUs", lack.seen, lack.todo)]
+    return [ok("GPUs", f"a driver and CuPy are there for GPU {', '.join(topology.engines.devices)}")]
+
+
 LIMITS = {
     "nofile": resource.RLIMIT_NOFILE,
     "memlock": resource.RLIMIT_MEMLOCK,
@@ -142,7 +153,12 @@ def limits(topology: Topology | None, soft: dict[str, int]) -> list[Finding]:
                 fail(f"limit {name}", f"{size(soft[name])}, {size(wanted)} wanted", f"ulimit {flag} unlimited")
             )
     memlock = said["memlock"] if soft["memlock"] < 0 else size(soft["memlock"])
-    found.append(ok("locked memory", f"{memlock} (ulimit -l); lmpipe locks none, a GPU's driver may"))
+    seen = f"{memlock} (ulimit -l)"
+    if topology and topology.engines.devices and 0 <= soft["memlock"] < topology.tiers.dram.capacity:
+        todo = "ulimit -l unlimited, docker run --ulimit memlock=-1: else the driver may pin only a part of the arena"
+        found.append(warn("locked memory", f"{seen}, {size(topology.tiers.dram.capacity)} of DRAM for GPUs", todo))
+    else:
+        found.append(ok("locked memory", f"{seen}; lmpipe locks none, a GPU's driver may"))
     return found
 
 

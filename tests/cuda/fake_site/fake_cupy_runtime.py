@@ -9,11 +9,11 @@ from fake_runtime import FakeRuntime
 
 
 class GatherRuntime(FakeRuntime):
-    """Has a sticky error once a file `fault` is there, which it takes with it: the next process is well again."""
+    """Has a sticky error at the step that a file `fault-STEP` names, and removes it: the next process is well again."""
 
     def _check(self, doing: str, status: int = 0) -> None:
-        if doing == "copying" and (self.directory / "fault").exists():
-            (self.directory / "fault").unlink()
+        if (file := self.directory / f"fault-{doing}").exists():
+            file.unlink()
             self.fault()
         super()._check(doing, status)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+Lack = tuple[str, str]
 
-def lacking(_: object) -> str:
-    """Nothing is."""
-    return ""
+
+def lacking(_: object) -> None:
+    """Nothing."""
