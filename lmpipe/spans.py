@@ -31,8 +31,9 @@ class Spans:
     def __init__(self, process: str, trace: Path | None = None) -> None:
         """Without `trace` only nvtx ranges are made. A trace that is there is added to: it is of an earlier life."""
         self.dropped = 0
-        self._domain: Any = nvtx.get_domain("lmpipe")  # pyright: ignore[reportUnknownMemberType]
-        self._attached = type(self._domain) is cast(Any, nvtx).Domain  # else one that does nothing
+        untyped = cast(Any, nvtx)
+        self._domain: Any = untyped.get_domain("lmpipe")
+        self._attached = isinstance(self._domain, untyped.Domain)  # else one that does nothing
         self._attributes: dict[str, Any] = {}
         self._file = trace.open("ab") if trace else None
         self._events: deque[tuple[str, int, int, int, int, int]] = deque()
