@@ -28,6 +28,9 @@ from lmpipe.errors import DeviceError, DeviceLost
 from lmpipe.messages import DeviceSource, PageIds
 
 BOUNCE_BYTES = 32 << 20
+GROUP_BYTES = 32 << 20
+"""Copies are given to the stream in groups: the device copies one while the next is made out."""
+QUANTUM_BYTES = 8 * GROUP_BYTES
 LOOK_S = 0.0002
 """How often it is looked whether the engine's event is reached."""
 GRACE_S = 2.0
@@ -122,6 +125,11 @@ class DeviceReader:
         """Copies of one lane take turns: those of a device would only share its link."""
         return self._device.runtime.uuid
 
+    @property
+    def quantum_bytes(self) -> int:
+        """What is copied before other engines have their turn: so much that what goes on in between is little."""
+        return QUANTUM_BYTES
+
     def gather(self, page_ids: PageIds, offsets: Addresses) -> None:
         """Copy chunks to the arena; all bytes are there when it returns.
 
@@ -143,7 +151,10 @@ class DeviceReader:
             try:
                 self._wait_until_written()
                 pinned = offsets + np.uint64(nbytes) <= self._device.pinned.done_bytes
-                self._to_slots(page_ids[pinned], offsets[pinned])
+                group = max(GROUP_BYTES // max(nbytes, 1), 1)
+                for first in range(0, np.count_nonzero(pinned), group):
+                    part = slice(first, first + group)
+                    self._to_slots(page_ids[pinned][part], offsets[pinned][part])
                 for ids, offset in zip(page_ids[~pinned], offsets[~pinned].tolist(), strict=True):
                     self._by_bounce(ids[None], offset, nbytes)
                 self._sleep()
@@ -168,8 +179,6 @@ class DeviceReader:
             dead_s += 0.0 if self._alive() else LOOK_S
 
     def _to_slots(self, page_ids: PageIds, offsets: Addresses) -> None:
-        if not page_ids.size:
-            return
         runtime, pinned = self._device.runtime, self._device.pinned
         payloads = offsets + np.uint64(pinned.address)
         copies, rows = copies_of(self._planes, page_ids, payloads, pinned.address, pinned.piece_bytes)

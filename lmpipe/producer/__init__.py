@@ -47,7 +47,6 @@ __all__ = ["Found", "LoadResult", "MappedPages", "Producer", "SaveTicket"]
 log = logging.getLogger("lmpipe.producer")
 
 MappedPages = m.PageSource
-DevicePages = m.DeviceSource
 CLOSE_S = 5.0
 INVALIDATE_RETRY_S = 0.05
 
@@ -96,7 +95,7 @@ class Producer:
         align_tokens: int = 1,
         shard: int = 0,
         shards: int = 1,
-        pages: MappedPages | DevicePages | None = None,
+        pages: MappedPages | m.DeviceSource | None = None,
         saves: bool = True,
         copy_threads: int = 1,
         ttl_s: int = 0,

@@ -87,7 +87,11 @@ def alive() -> bool:
 
 
 @pytest.mark.parametrize("apart", [False, True])
-def test_pages_become_payloads(directory: Path, gather: GatherProcess, apart: bool) -> None:
+@pytest.mark.parametrize("group_bytes", [1, 1 << 20])
+def test_pages_become_payloads(
+    directory: Path, gather: GatherProcess, apart: bool, group_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "GROUP_BYTES", group_bytes)
     engine = EngineProcess(directory, apart=apart)
     engine.write(1)
     reader = gather.readers.open(engine.exported.source, alive)

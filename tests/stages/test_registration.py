@@ -91,7 +91,7 @@ class NoReader:
     """Of a device."""
 
     def __init__(self, source: DeviceSource, alive: Callable[[], bool]) -> None:
-        self.lane = source.device
+        self.lane, self.quantum_bytes = source.device, 1 << 20
 
     def gather(self, page_ids: object, offsets: object) -> None:
         """Copies nothing."""

@@ -18,6 +18,8 @@ from lmpipe.errors import LayoutError
 from lmpipe.shm.descriptor import SegmentKind
 from lmpipe.shm.segment import Segment
 
+QUANTUM_BYTES = 32 << 20
+
 Offsets = npt.NDArray[np.uint64]
 
 
@@ -27,6 +29,11 @@ class PageReader(Protocol):
     @property
     def lane(self) -> str:
         """Copies of one lane take turns."""
+        ...
+
+    @property
+    def quantum_bytes(self) -> int:
+        """What one engine's saves may copy before the next engine has its turn: some milliseconds' worth."""
         ...
 
     def gather(self, page_ids: m.PageIds, offsets: Offsets) -> None:
@@ -73,7 +80,7 @@ class PageReaders:
 class MappedReader:
     """Pages in a segment, mapped read-only and described to the copier, which checks every bound."""
 
-    lane = "host"
+    lane, quantum_bytes = "host", QUANTUM_BYTES
 
     def __init__(self, source: m.PageSource, arena: native.Region, copier: native.Copier) -> None:
         self._arena, self._copier = arena, copier

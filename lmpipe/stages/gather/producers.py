@@ -23,8 +23,6 @@ from lmpipe.stages.gather.pages import PageReader, PageReaders
 from lmpipe.tiers.dram import DramTier
 from lmpipe.topology import Tiers
 
-QUANTUM_BYTES = 32 << 20
-"""What one engine's saves may copy before the next engine has its turn."""
 LENT_PART = 4
 """At most one in this many bytes of the arena is lent to engines as leases."""
 
@@ -180,7 +178,7 @@ class Producers:
             if engine.reader.lane in busy:
                 continue
             self._engines[session] = self._engines.pop(session)  # to the back: the others come first next time
-            engine.deficit += max(QUANTUM_BYTES, engine.chunk_bytes)
+            engine.deficit += max(engine.reader.quantum_bytes, engine.chunk_bytes)
             save = engine.saves[0]
             count = min(engine.deficit // engine.chunk_bytes, len(save.message.chunks) - save.at)
             engine.deficit -= count * engine.chunk_bytes
