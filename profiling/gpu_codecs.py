@@ -28,7 +28,7 @@ from lmpipe.codecs.calibration import BITS
 from lmpipe.codecs.header import HEADER_BYTES, Header
 from lmpipe.codecs.reference.rotated import encode_adaptive
 from lmpipe.codecs.source import Source
-from lmpipe.cuda import fp8, rotated, split
+from lmpipe.cuda import fp8, paging, rotated, split
 from lmpipe.cuda.pages import DevicePages
 from lmpipe.handles import Codec
 from lmpipe.layout import KVLayout
@@ -52,6 +52,11 @@ def bits_table(layout: KVLayout) -> bytes:
     """As `adaptive` might have it: 3, 4 and 8 bits."""
     count = layout.layers * layout.kv * layout.kv_heads
     return np.random.default_rng(1).choice(BITS, count, p=(0.7, 0.25, 0.05)).astype(np.uint8).tobytes()
+
+
+def raw_bytes(chunk: Chunk) -> int:
+    """Of the chunk's payload."""
+    return chunk.pages.layout.plane_count * len(chunk.ids) * chunk.pages.layout.page_bytes
 
 
 def header(codec: Codec, chunk: Chunk) -> Header:
@@ -130,11 +135,15 @@ def compile_all(capability: int, dtypes: list[str]) -> None:
         moves = {way: "v4" if re.search(rf"{way}\.global\.v4", ptx) else "-" for way in ("ld", "st")}
         inexact = len(re.findall(r"fma\.rn\.f32|div\.(full|approx)|\.ftz", ptx))
         print(
-            f"{self.fn.__module__}.{self.__name__} {kwargs['DTYPE']} sm_{capability}: {len(kernel.asm['cubin'])} bytes,"
+            f"{self.fn.__module__}.{self.__name__} {kwargs.get('DTYPE', 'bytes')} sm_{capability}: {len(kernel.asm['cubin'])} bytes,"
             f" {kernel.metadata.shared} shared, widest load {moves['ld']}, store {moves['st']}, inexact {inexact}"
         )
 
     triton.JITFunction.run = compiled
+    (chunk,) = chunks(KVLayout.paged(1, 2, 128, "bfloat16", 16), 1, "cpu")
+    payloads = torch.empty((1, raw_bytes(chunk)), dtype=torch.uint8)
+    paging.gather(chunk.pages, chunk.ids[None], payloads, programs=16)
+    paging.scatter(chunk.pages, chunk.ids[None], payloads, programs=16)
     for dtype in dtypes:
         (chunk,) = chunks(KVLayout.paged(1, 2, 128, dtype, 16), 1, "cpu")
         for codec in (Codec.SPLIT, Codec.FP8, Codec.INT4H):

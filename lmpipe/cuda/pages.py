@@ -60,8 +60,15 @@ class DevicePages:
         """Where the pages are."""
         return self.bases.device
 
+    def layer(self, layer: int) -> range:
+        """The planes of a layer, where `layout.layer_pieces` says that a layer has planes of its own."""
+        each = self.layout.plane_count // self.layout.layer_pieces
+        return range(layer * each, (layer + 1) * each)
+
     def ids(self, page_ids: npt.NDArray[np.int32]) -> torch.Tensor:
-        """Page ids of one chunk, checked and on the device. -1: an encoder reads zeros, a decoder leaves the page out.
+        """Page ids of a chunk, or of many `[chunks, pages]`, checked and on the device, through torch's current stream.
+
+        -1: an encoder reads zeros, a decoder leaves the page out.
 
         Raises:
             ValueError: an id is outside the pool.

@@ -11,6 +11,7 @@ import pytest
 
 SCRIPT = Path(__file__).parents[2] / "profiling" / "gpu_codecs.py"
 KERNELS = {
+    "paging": ("_gather", "_scatter"),
     "split": ("_measure", "_write", "_read"),
     "fp8": ("_encode", "_decode"),
     "rotated": ("_encode", "_decode"),
@@ -33,5 +34,7 @@ def test_all_kernels_compile_for_hopper(tmp_path: Path) -> None:
     assert set(lines) == {f"lmpipe.cuda.{module}.{name}" for module in KERNELS for name in KERNELS[module]}
     for name, line in lines.items():
         assert "inexact 0" in line, name
-        reads_pages = name.endswith(("_measure", "_write", "_encode"))
+        if ".paging." in name:
+            assert "load v4, store v4" in line, name
+        reads_pages = name.endswith(("_measure", "_write", "_encode", "_gather"))
         assert ("load v4" if reads_pages else "store v4") in line, name
