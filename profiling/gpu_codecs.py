@@ -1,4 +1,4 @@
-"""The codecs' GPU kernels: bytes of bf16 per second against a copy within the device's memory; or only compiled.
+"""The codecs' GPU kernels: bytes of bf16 per second against a copy within the device's memory; or all kernels compiled.
 
     python profiling/gpu_codecs.py                 on a GPU; figures on stdout
     python profiling/gpu_codecs.py --compile 90    for that compute capability, no GPU needed
@@ -28,7 +28,8 @@ from lmpipe.codecs.calibration import BITS
 from lmpipe.codecs.header import HEADER_BYTES, Header
 from lmpipe.codecs.reference.rotated import encode_adaptive
 from lmpipe.codecs.source import Source
-from lmpipe.cuda import fp8, paging, rotated, split
+from lmpipe.cuda import coding, paging, split
+from lmpipe.cuda.coding import Coder
 from lmpipe.cuda.pages import DevicePages
 from lmpipe.handles import Codec
 from lmpipe.layout import KVLayout
@@ -59,35 +60,25 @@ def raw_bytes(chunk: Chunk) -> int:
     return chunk.pages.layout.plane_count * len(chunk.ids) * chunk.pages.layout.page_bytes
 
 
-def header(codec: Codec, chunk: Chunk) -> Header:
-    """Header of the chunk when it is encoded; of `split`, as if its buffer were full."""
-    if codec == Codec.SPLIT:
-        return split.header(chunk.pages, len(chunk.ids), len(chunk.payload))
-    if codec == Codec.FP8:
-        return fp8.header(chunk.pages, len(chunk.ids))
-    return rotated.header(codec, chunk.pages, len(chunk.ids), table=chunk.table if codec == Codec.ADAPTIVE else b"")
+def coder(codec: Codec, chunk: Chunk) -> Coder:
+    """As `adaptive` is configured by calibration, and the others by default."""
+    return Coder(codec, table=chunk.table if codec == Codec.ADAPTIVE else b"")
 
 
 def encode(codec: Codec, chunk: Chunk, programs: int) -> torch.Tensor:
-    """What the kernels return: the length of `split`, else whether the chunk is refused."""
-    if codec == Codec.SPLIT:
-        return split.encode(chunk.pages, chunk.ids, chunk.payload, programs=programs)
-    if codec == Codec.FP8:
-        return fp8.encode(chunk.pages, chunk.ids, chunk.payload, programs=programs)
-    head = header(codec, chunk)
-    table = chunk.table[: head.extra_bytes]
-    return rotated.encode(head, table, chunk.pages, chunk.ids, chunk.payload, programs=programs)
+    """Bytes that follow the header, on the device; -1: the chunk is refused."""
+    return coder(codec, chunk).encode(chunk.pages, chunk.ids, chunk.payload, 0, programs=programs)
+
+
+def header(codec: Codec, chunk: Chunk, payload_bytes: int) -> Header:
+    """Of the chunk when it is encoded."""
+    return coder(codec, chunk).header(chunk.pages, len(chunk.ids), 0, payload_bytes)
 
 
 def decode(codec: Codec, head: Header, chunk: Chunk, programs: int) -> torch.Tensor:
     """What the kernels return: whether the chunk is damaged."""
     payload = chunk.payload[: head.payload_bytes]
-    if codec == Codec.SPLIT:
-        return split.decode(head, payload, chunk.pages, chunk.ids, programs=programs)
-    if codec == Codec.FP8:
-        return fp8.decode(head, payload, chunk.pages, chunk.ids, programs=programs)
-    table = chunk.table[: head.extra_bytes]
-    return rotated.decode(head, table, payload, chunk.pages, chunk.ids, programs=programs)
+    return coding.decode(head, coder(codec, chunk).table, payload, chunk.pages, chunk.ids, programs=programs)
 
 
 def chunks(layout: KVLayout, count: int, device: str) -> list[Chunk]:
@@ -135,8 +126,8 @@ def compile_all(capability: int, dtypes: list[str]) -> None:
         moves = {way: "v4" if re.search(rf"{way}\.global\.v4", ptx) else "-" for way in ("ld", "st")}
         inexact = len(re.findall(r"fma\.rn\.f32|div\.(full|approx)|\.ftz", ptx))
         print(
-            f"{self.fn.__module__}.{self.__name__} {kwargs.get('DTYPE', 'bytes')} sm_{capability}: {len(kernel.asm['cubin'])} bytes,"
-            f" {kernel.metadata.shared} shared, widest load {moves['ld']}, store {moves['st']}, inexact {inexact}"
+            f"{self.fn.__module__}.{self.__name__} {kwargs.get('DTYPE', 'bytes')} sm_{capability}:"
+            f" {len(kernel.asm['cubin'])} bytes, {kernel.metadata.shared} shared, widest load {moves['ld']}, store {moves['st']}, inexact {inexact}"
         )
 
     triton.JITFunction.run = compiled
@@ -148,14 +139,14 @@ def compile_all(capability: int, dtypes: list[str]) -> None:
         (chunk,) = chunks(KVLayout.paged(1, 2, 128, dtype, 16), 1, "cpu")
         for codec in (Codec.SPLIT, Codec.FP8, Codec.INT4H):
             encode(codec, chunk, 16)
-            decode(codec, header(codec, chunk), chunk, 16)
+            decode(codec, header(codec, chunk, len(chunk.payload)), chunk, 16)
 
 
 # ---- on a GPU
 
 
-def check(codec: Codec, chunk: Chunk) -> Header:
-    """The header of the chunk, whose encoded bytes must be those of the CPU, and must decode to what they do there."""
+def check(codec: Codec, chunk: Chunk) -> None:
+    """The chunk's encoded bytes must be those of the CPU, and must decode to what they do there."""
     layout = chunk.pages.layout
     ids = chunk.ids.cpu().tolist()
     raw = b"".join(plane[ids].cpu().view(torch.uint8).numpy().tobytes() for plane in chunk.pages.planes)
@@ -165,10 +156,7 @@ def check(codec: Codec, chunk: Chunk) -> Header:
     else:
         dst = memoryview(bytearray(CODECS[codec].bound(len(raw))))
         expected = bytes(dst[: CODECS[codec].encode(memoryview(raw), dst, source)])
-    answer = int(encode(codec, chunk, 64))
-    head = header(codec, chunk)
-    if codec == Codec.SPLIT:
-        head = split.header(chunk.pages, CHUNK_PAGES, answer)
+    head = header(codec, chunk, int(encode(codec, chunk, 64)))
     found = head.pack() + chunk.payload[: head.payload_bytes].cpu().numpy().tobytes()
     if found != expected or len(found) != HEADER_BYTES + head.payload_bytes:
         raise SystemExit(f"{codec.name}: the GPU's bytes are not the CPU's")
@@ -178,7 +166,6 @@ def check(codec: Codec, chunk: Chunk) -> Header:
     written = b"".join(plane[ids].cpu().view(torch.uint8).numpy().tobytes() for plane in chunk.pages.planes)
     if damaged or written != bytes(back):
         raise SystemExit(f"{codec.name}: what the GPU decodes is not what the CPU does")
-    return head
 
 
 def seconds(step: Callable[[], object]) -> float:
@@ -191,20 +178,16 @@ def seconds(step: Callable[[], object]) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
-def turns(codec: Codec, head: Header, pool: list[Chunk], programs: int) -> Iterator[tuple[str, float, float]]:
+def turns(codec: Codec, pool: list[Chunk], programs: int) -> Iterator[tuple[str, float, float]]:
     """(what, bytes of bf16 per second, the same of a copy): encoding and decoding all chunks of the pool."""
-    nbytes = head.raw_bytes * len(pool)
+    nbytes = raw_bytes(pool[0]) * len(pool)
     source = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     steps: dict[str, Callable[[], object]] = {
         "encode": lambda: [encode(codec, chunk, programs) for chunk in pool],
-        "decode": lambda: [decode(codec, head_of(chunk), chunk, programs) for chunk in pool],
+        "decode": lambda: [decode(codec, head, chunk, programs) for head, chunk in zip(heads, pool, strict=True)],
     }
-    lengths = {id(chunk): int(encode(codec, chunk, programs)) for chunk in pool}
-
-    def head_of(chunk: Chunk) -> Header:
-        return split.header(chunk.pages, CHUNK_PAGES, lengths[id(chunk)]) if codec == Codec.SPLIT else head
-
+    heads = [header(codec, chunk, int(encode(codec, chunk, programs))) for chunk in pool]
     for what, step in steps.items():
         step()
         both = [(seconds(step), seconds(lambda: target.copy_(source))) for _ in range(ROUNDS)]
@@ -218,9 +201,9 @@ def measure() -> None:
     print("codec     what    programs      GB/s   copy GB/s   ratio")
     pool = chunks(KVLayout.paged(32, 8, 128, "bfloat16", 16), CHUNKS, "cuda")
     for codec in (Codec.SPLIT, Codec.FP8, Codec.INT4H, Codec.ADAPTIVE):
-        head = check(codec, pool[0])
+        check(codec, pool[0])
         for programs in PROGRAMS:
-            for what, mine, copy in turns(codec, head, pool, programs):
+            for what, mine, copy in turns(codec, pool, programs):
                 figures = f"{mine / 1e9:9.1f} {copy / 1e9:11.1f} {mine / copy:7.3f}"
                 print(f"{codec.name.lower():9} {what:7} {programs:8} {figures}")
 

@@ -65,6 +65,11 @@ class DevicePages:
         each = self.layout.plane_count // self.layout.layer_pieces
         return range(layer * each, (layer + 1) * each)
 
+    def check(self, page_ids: npt.NDArray[np.int32]) -> None:
+        """Raise ValueError where a page id is neither -1 nor of the pool."""
+        if page_ids.size and not -1 <= page_ids.min() <= page_ids.max() < self.pages:
+            raise ValueError(f"page ids must be -1 to {self.pages - 1}, got {page_ids.min()} to {page_ids.max()}")
+
     def ids(self, page_ids: npt.NDArray[np.int32]) -> torch.Tensor:
         """Page ids of a chunk, or of many `[chunks, pages]`, checked and on the device, through torch's current stream.
 
@@ -73,8 +78,7 @@ class DevicePages:
         Raises:
             ValueError: an id is outside the pool.
         """
-        if page_ids.size and not -1 <= page_ids.min() <= page_ids.max() < self.pages:
-            raise ValueError(f"page ids must be -1 to {self.pages - 1}, got {page_ids.min()} to {page_ids.max()}")
+        self.check(page_ids)
         ids = torch.from_numpy(np.array(page_ids, np.int32))  # pyright: ignore[reportUnknownMemberType]
         return ids.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else ids
 

@@ -134,7 +134,7 @@ def _places(
     base = tl.load(bases + plane, mask=live, other=0)
     page_id = tl.load(page_ids + chunk * pages + page, mask=live, other=-1)
     in_page = base + page_id.to(tl.int64) * page_stride
-    in_payload = chunk.to(tl.int64) * chunk_stride + (plane * pages + page).to(tl.int64) * (WORDS * ITEM)
+    in_payload = chunk.to(tl.int64) * chunk_stride + (plane * pages + page).to(tl.int64) * WORDS * ITEM
     word = (row % SEGMENTS * BLOCK)[:, None] + tl.arange(0, BLOCK)[None, :]
     start = tl.multiple_of(in_page[:, None].to(tl.pointer_type(WORD)), [PAGE_ALIGNMENT, PAGE_ALIGNMENT])
     out = (payloads + in_payload)[:, None].to(tl.pointer_type(WORD))

@@ -112,7 +112,12 @@ class _Plan(NamedTuple):
 
 def _plan_of(layout: KVLayout, head: Header, table: bytes, device: torch.device) -> _Plan:
     # All chunks but a prompt's first have the same.
-    return _plan(layout, replace(head, position=min(head.position, 1)), table, device)
+    plan = _plan(layout, replace(head, position=min(head.position, 1)), table, device)
+    if device.type == "cuda":
+        # Made on one stream and used on many: forgotten, its memory must not be given to others while one still reads.
+        for tensor in plan:
+            tensor.record_stream(torch.cuda.current_stream(device))
+    return plan
 
 
 @lru_cache(maxsize=16)

@@ -161,7 +161,11 @@ def test_what_does_not_fit_is_refused(device: torch.device) -> None:
     for planes in (range(1, 9), range(0, 16, 2)):
         with pytest.raises(ValueError, match="consecutive ones of 8"):
             paging.scatter(
-                pool.pages, ids, torch.zeros((CHUNKS, size), dtype=torch.uint8, device=device), planes=planes, programs=1
+                pool.pages,
+                ids,
+                torch.zeros((CHUNKS, size), dtype=torch.uint8, device=device),
+                planes=planes,
+                programs=1,
             )
     for bad in (POOL_PAGES, -2):
         page_ids = some_ids()

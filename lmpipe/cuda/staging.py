@@ -1,0 +1,80 @@
+"""The staging buffers of one direction: two, each with a lane of its own, which take the pieces of transfers in turns.
+
+Within a lane everything is in order, so that no buffer is written before it was read; the lanes run beside each other,
+so that the kernel of one piece overlaps with the DMA of the other. A third lane only brings the two together: its
+events are what callers get, and no lane waits for the other.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+
+from lmpipe.cuda.lanes import Event, Lane
+from lmpipe.cuda.pages import WIDEST_ACCESS
+from lmpipe.cuda.pieces import Piece
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A lane and its buffer, until the lane's next turn."""
+
+    lane: Lane
+    buffer: torch.Tensor
+
+
+class Staging:
+    """Who adds work holds `lock`. Buffers grow to what was asked of them."""
+
+    def __init__(self, lanes: Sequence[Lane]) -> None:
+        """`lanes`: three."""
+        *self._lanes, self._join = lanes
+        self._buffers: list[torch.Tensor | None] = [None for _ in self._lanes]
+        self._turn = 0
+        self.lock = threading.Lock()
+
+    def begin(self, after: Event | None) -> None:
+        """What is added from now on begins after an event."""
+        if after is not None:
+            for lane in self._lanes:
+                lane.wait(after)
+
+    def next(self, nbytes: int) -> Staged:
+        """The lane whose turn it is, with so many bytes at least."""
+        self._turn = (self._turn + 1) % len(self._lanes)
+        lane, buffer = self._lanes[self._turn], self._buffers[self._turn]
+        if buffer is None or len(buffer) < nbytes:
+            buffer = self._buffers[self._turn] = lane.empty(nbytes)
+        return Staged(lane, buffer)
+
+    def joined(self) -> Event:
+        """After all that was added."""
+        for lane in self._lanes:
+            self._join.wait(lane.record())
+        return self._join.record()
+
+    def close(self) -> None:
+        """Wait for what was added, then give the memory back."""
+        with self.lock:
+            self.joined().synchronize()
+            self._buffers = [None for _ in self._lanes]
+
+
+def rows(buffer: torch.Tensor, piece: Piece) -> torch.Tensor:
+    """Of a piece, `[chunks, bytes]`."""
+    return buffer[: len(piece.chunks) * piece.nbytes].view(len(piece.chunks), piece.nbytes)
+
+
+def aligned(nbytes: int) -> int:
+    """With what is left free so that the next part can be moved in the widest accesses."""
+    return -(-nbytes // WIDEST_ACCESS) * WIDEST_ACCESS
+
+
+def parts(buffer: torch.Tensor, lengths: Sequence[int]) -> list[torch.Tensor]:
+    """Of so many bytes each, at aligned places."""
+    starts = accumulate((aligned(nbytes) for nbytes in lengths), initial=0)
+    return [buffer[start : start + nbytes] for start, nbytes in zip(starts, lengths, strict=False)]
