@@ -127,7 +127,8 @@ def compile_all(capability: int, dtypes: list[str]) -> None:
         inexact = len(re.findall(r"fma\.rn\.f32|div\.(full|approx)|\.ftz", ptx))
         print(
             f"{self.fn.__module__}.{self.__name__} {kwargs.get('DTYPE', 'bytes')} sm_{capability}:"
-            f" {len(kernel.asm['cubin'])} bytes, {kernel.metadata.shared} shared, widest load {moves['ld']}, store {moves['st']}, inexact {inexact}"
+            f" {len(kernel.asm['cubin'])} bytes, {kernel.metadata.shared} shared,"
+            f" widest load {moves['ld']}, store {moves['st']}, inexact {inexact}"
         )
 
     triton.JITFunction.run = compiled

@@ -26,6 +26,7 @@ EXPECTED = {
     "recovery": {"gather killed", "supervisor killed, workers adopted", "everything killed, ready", "chunks lost"},
     "rebuild": {"SSD, 200 records of 8 MiB, with footers", "DRAM, 0.015625 GiB, 64 slots: 64 rows"},
     "ttft": {"cold, lmpipe attached", "warm from DRAM", "warm from SSD", "warm from the remote tier"},
+    "gpu": {"gather, full grid", "save, 512 tokens", "first token after 512 tokens, warm from DRAM, raw"},
     "vllm": {"1K, cold, lmpipe attached", "1K, lmpipe, DRAM", "1K, lmpipe, SSD", "mixed, lmpipe"},
     "vllm-kill": {"gather killed in a load", "supervisor back, until hits are", "wrong first tokens"},
 }
@@ -57,6 +58,13 @@ def test_a_quick_run_has_the_shape(name: str, tmp_path: Path, capsys: pytest.Cap
 def test_what_is_not_installed_is_said_with_the_way_to_get_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "vllm", "--quick"]) == 1
     assert "make setup-vllm" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not missing("gpu"), reason="a GPU is here")
+def test_without_a_gpu_one_line_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "gpu", "--quick"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "bench gpu needs" in line
 
 
 def test_a_benchmark_that_fails_says_why(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

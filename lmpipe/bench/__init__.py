@@ -18,9 +18,16 @@ SUMMARIES = {
     "ttft": "time to first token of the demo's model: without lmpipe, cold with it, warm from each tier",
     "vllm": "the same in real vLLM engines, against vLLM's own prefix cache; a mixed workload with and without lmpipe",
     "vllm-kill": "vLLM's first token when an lmpipe process is killed in a load or a save, and when hits are back",
+    "gpu": "a GPU's kernels and transfers against its memory and link; first token, decode step of an 8B-shaped model",
 }
 """What each benchmark measures, by name."""
 
 _VLLM = ("vllm", "`make setup-vllm` makes an environment that has it: .venv-vllm/bin/lmpipe bench vllm")
-NEEDS = {"vllm": _VLLM, "vllm-kill": _VLLM}
+_TRITON = ("triton", "pip install 'lmpipe[gpu]', beside torch for the GPU")
+NEEDS = {"vllm": _VLLM, "vllm-kill": _VLLM, "gpu": _TRITON}
 """Packages that not every environment has, and what to do about it; without them "all" leaves the benchmark out."""
+
+NEEDS_GPU = {"gpu"}
+"""Benchmarks that need a GPU; so with them."""
+GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+"""One of them is there where a GPU can be used: NVIDIA's, AMD's, that of Windows below Linux."""

@@ -16,7 +16,7 @@ import orjson
 from rich.console import Console
 from rich.status import Status
 
-from lmpipe.bench import NEEDS, SUMMARIES
+from lmpipe.bench import GPU_DRIVERS, NEEDS, NEEDS_GPU, SUMMARIES
 from lmpipe.bench.report import Figure, Report, table
 from lmpipe.cli.console import wide_console
 from lmpipe.cli.nodes import Subparsers, add_verb
@@ -79,17 +79,26 @@ def run(args: argparse.Namespace) -> int:
 
 
 def missing(name: str) -> str:
-    """What a benchmark needs and is not installed here, or empty."""
-    package, _ = NEEDS.get(name, ("", ""))
+    """What a benchmark needs and is not here, or empty."""
+    return _lack(name)[0]
+
+
+def _lack(name: str) -> tuple[str, str]:
+    """What it needs and is not here, and what to do about it, or why that is so."""
+    package, mend = NEEDS.get(name, ("", ""))
     spec = find_spec(package) if package else None
-    there = spec is not None and spec.origin is not None  # without an origin it is a directory of that name
-    return "" if there else package
+    if package and (spec is None or spec.origin is None):  # without an origin it is a directory of that name
+        return package, mend
+    if name in NEEDS_GPU and not any(Path(driver).exists() for driver in GPU_DRIVERS):
+        return "a GPU", f"there is none of {', '.join(GPU_DRIVERS)}"
+    return "", ""
 
 
 def measure(name: str, *, disk: Path, quick: bool, console: Console) -> list[Figure]:
     """Run one benchmark, its progress on the console. Raises LmpipeError with the end of what it said when it fails."""
-    if package := missing(name):
-        raise LmpipeError(f"bench {name} needs {package}: {NEEDS[name][1]}")
+    lack, why = _lack(name)
+    if lack:
+        raise LmpipeError(f"bench {name} needs {lack}: {why}")
     argv = [sys.executable, "-P", "-m", f"lmpipe.bench.{name.replace('-', '_')}", "--disk", str(disk)]
     argv += ["--quick"] * quick
     last: deque[str] = deque(maxlen=12)

@@ -43,7 +43,7 @@ class Lane(Protocol):
         ...
 
     def empty(self, nbytes: int) -> torch.Tensor:
-        """Memory, uint8 `[nbytes]`, for work of this lane alone."""
+        """Memory, uint8 `[nbytes]`, for work of this lane alone; usable in and out of torch's inference mode."""
         ...
 
 
@@ -71,7 +71,7 @@ class StreamLane:
 
     def empty(self, nbytes: int) -> torch.Tensor:
         """Allocated on the stream: torch's allocator may give out what others have freed but still use."""
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream), torch.inference_mode(False):
             return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
 
@@ -102,7 +102,8 @@ class HostLane:
 
     def empty(self, nbytes: int) -> torch.Tensor:
         """Memory of the host."""
-        return torch.empty(nbytes, dtype=torch.uint8)
+        with torch.inference_mode(False):
+            return torch.empty(nbytes, dtype=torch.uint8)
 
 
 def lane_of(device: torch.device, priority: int) -> Lane:

@@ -91,7 +91,7 @@ class DevicePool:
             ValueError: not as many destinations as chunks, one too short, or a page id outside the pool; nothing is
                 copied.
         """
-        hosts = self._hosts(page_ids, destinations, self.chunk_bytes(page_ids))
+        hosts = self._hosts(page_ids, destinations, [self.chunk_bytes(page_ids)] * len(destinations))
         with self._saves.lock:
             self._saves.begin(after)
             for piece in self._cut(page_ids, range(self.pages.layout.plane_count)):
@@ -138,9 +138,7 @@ class DevicePool:
             raise ValueError(f"{len(positions)} positions of {len(destinations)} chunks")
         bounds = [coder.bound(self.pages, count, position) for position in positions]
         whole = self.chunk_bytes(page_ids)
-        hosts = self._hosts(
-            page_ids, destinations, max((min(whole, HEADER_BYTES + each) for each in bounds), default=0)
-        )
+        hosts = self._hosts(page_ids, destinations, [min(whole, HEADER_BYTES + each) for each in bounds])
         lengths = self._answers(len(hosts))
         encoded = Encoded(lengths)
         with self._saves.lock:
@@ -169,7 +167,7 @@ class DevicePool:
         Raises:
             ValueError: not as many sources and codecs as chunks, or a page id outside the pool; nothing is copied.
         """
-        hosts = self._hosts(page_ids, sources, HEADER_BYTES)
+        hosts = self._hosts(page_ids, sources, [HEADER_BYTES] * len(sources))
         if len(codecs) != len(hosts):
             raise ValueError(f"{len(codecs)} codecs of {len(hosts)} chunks")
         raw_bytes = self.chunk_bytes(page_ids)
@@ -202,7 +200,7 @@ class DevicePool:
     def _load(
         self, page_ids: PageIds, sources: Sequence[HostBytes], after: Event | None, parts: list[range]
     ) -> list[Event]:
-        hosts = self._hosts(page_ids, sources, self.chunk_bytes(page_ids))
+        hosts = self._hosts(page_ids, sources, [self.chunk_bytes(page_ids)] * len(sources))
         events: list[Event] = []
         with self._loads.lock:
             self._loads.begin(after)
@@ -335,15 +333,15 @@ class DevicePool:
                 first, filled = chunk, aligned(nbytes)
         return [*groups, range(first, len(lengths))] if lengths else []
 
-    def _hosts(self, page_ids: PageIds, given: Sequence[HostBytes], least: int) -> list[torch.Tensor]:
-        """The chunks as tensors, checked; so are the page ids."""
+    def _hosts(self, page_ids: PageIds, given: Sequence[HostBytes], least: list[int]) -> list[torch.Tensor]:
+        """The chunks as tensors, of `least` bytes each, checked; so are the page ids."""
         if page_ids.ndim != 2 or len(page_ids) != len(given):
             raise ValueError(f"page ids of shape {page_ids.shape} for {len(given)} chunks on the host")
         self.pages.check(page_ids)
         hosts = [_host_bytes(each) for each in given]
-        for chunk, host in enumerate(hosts):
-            if len(host) < least:
-                raise ValueError(f"chunk {chunk} has {len(host)} bytes on the host, {least} are wanted")
+        for chunk, (host, wanted) in enumerate(zip(hosts, least, strict=True)):
+            if len(host) < wanted:
+                raise ValueError(f"chunk {chunk} has {len(host)} bytes on the host, {wanted} are wanted")
         return hosts
 
     def _answers(self, count: int) -> torch.Tensor:

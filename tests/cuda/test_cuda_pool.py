@@ -152,6 +152,19 @@ def test_layer_by_layer(kind: str, lanes: str | int, device: torch.device) -> No
         assert torch.equal(there, wanted[: (layer + 1) * each, taken])
 
 
+def test_in_and_out_of_inference_mode(device: torch.device) -> None:
+    """Engines run in it; their other threads, which save and load, do not."""
+    with torch.inference_mode():
+        engine = Engine(LAYOUT, device)
+        hosts = engine.hosts()
+        engine.pool.save_into(engine.page_ids, hosts).synchronize()
+    before, more = contents(hosts), [memoryview(bytearray(engine.nbytes)) for _ in hosts]
+    engine.pool.load_from(engine.page_ids, hosts).synchronize()
+    engine.pool.save_into(engine.page_ids, more).synchronize()
+    assert [bytes(host) for host in more] == before
+    engine.pool.close()
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_nothing_begins_before_the_event_it_is_to_wait_for(seed: int, device: torch.device) -> None:
     """The engine computes pages, they are saved, it computes others there, and what was saved is loaded again."""

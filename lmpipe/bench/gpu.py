@@ -1,0 +1,55 @@
+"""Kernels and transfers on a GPU against the device's own memory and link, and what they are worth to a model.
+
+gpu_transfers.py and gpu_model.py say what is inside the clock. Everything is in this process, as it is in an engine's.
+Sizes are cut to what the device and the host have room for; what was left out is said on stderr.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from lmpipe.bench import gpu_model, gpu_transfers
+from lmpipe.bench.gpu_device import Device
+from lmpipe.bench.harness import Setting, main
+from lmpipe.bench.report import Figure
+from lmpipe.layout import CHUNK_TOKENS
+
+TOKENS, QUICK_TOKENS = 32 << 10, 2 * CHUNK_TOKENS
+PROMPTS, QUICK_PROMPTS = (4 << 10, 32 << 10, 128 << 10), (2 * CHUNK_TOKENS,)
+HOST_SHARE = 0.5
+"""Of the host's free memory that may be pinned."""
+
+
+def run(setting: Setting) -> list[Figure]:
+    """Transfers, then the model.
+
+    Raises:
+        SystemExit: torch sees no GPU.
+    """
+    if not torch.cuda.is_available():
+        raise SystemExit(f"gpu needs a GPU that torch sees, and torch {torch.__version__} sees none")
+    device = Device(torch.device("cuda", torch.cuda.current_device()))
+    setting.say(device.name)
+    figures = gpu_transfers.run(setting, device, setting.size(TOKENS, QUICK_TOKENS))
+    device.forget()
+    shape = gpu_model.TINY if setting.quick else gpu_model.LLAMA_8B
+    wanted = QUICK_PROMPTS if setting.quick else PROMPTS
+    sizes = gpu_model.sizes_that_fit(shape, wanted, device.free_bytes(), HOST_SHARE * free_host_bytes())
+    for tokens in wanted[len(sizes) :]:
+        setting.say(f"{tokens} tokens left out: too little memory")
+    return [*figures, *gpu_model.run(setting, device, shape, sizes)]
+
+
+def free_host_bytes() -> int:
+    """Memory that the host could give."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable"):
+            return int(line.split()[1]) << 10
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(run))
