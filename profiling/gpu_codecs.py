@@ -39,6 +39,17 @@ PROGRAMS = (8, 16, 32, 64, 1024)
 """How many programs a kernel may have: what is left of the multiprocessors is the engine's."""
 
 
+PAGED = [
+    (KVLayout.paged(1, 8, 128, "bfloat16", 16), 4),
+    (KVLayout.dense(1, 2, 128, "bfloat16"), 4),
+    (KVLayout.paged(1, 3, 80, "bfloat16", 4), 4),
+    (KVLayout(2, 8, 128, "bfloat16", 16, (), ("layer", "kv", "token", "head", "dim")), 1),
+    (KVLayout(1, 1, 576, "bfloat16", 64, ("layer",), ("kv", "token", "head", "dim"), kv=1), 1),
+    *((KVLayout(1, 1, 1, "uint8", 1, ("layer",), ("opaque",), opaque_page_bytes=odd), 1) for odd in (1, 6, 4098)),
+]
+"""Layouts, and pages of a chunk, that make kernels of raw pages differ: rows a page and a tile, words of 4, 2, 1."""
+
+
 @dataclass
 class Chunk:
     """A chunk's pages, and a buffer for what follows the header of its encoded form."""
@@ -125,17 +136,20 @@ def compile_all(capability: int, dtypes: list[str]) -> None:
         ptx = kernel.asm["ptx"]
         moves = {way: "v4" if re.search(rf"{way}\.global\.v4", ptx) else "-" for way in ("ld", "st")}
         inexact = len(re.findall(r"fma\.rn\.f32|div\.(full|approx)|\.ftz", ptx))
+        kind = kwargs["DTYPE"] if "DTYPE" in kwargs else f"{kwargs['ITEM']}x{kwargs['WORDS']}"
         print(
-            f"{self.fn.__module__}.{self.__name__} {kwargs.get('DTYPE', 'bytes')} sm_{capability}:"
+            f"{self.fn.__module__}.{self.__name__} {kind} sm_{capability}:"
             f" {len(kernel.asm['cubin'])} bytes, {kernel.metadata.shared} shared,"
             f" widest load {moves['ld']}, store {moves['st']}, inexact {inexact}"
         )
 
     triton.JITFunction.run = compiled
-    (chunk,) = chunks(KVLayout.paged(1, 2, 128, "bfloat16", 16), 1, "cpu")
-    payloads = torch.empty((1, raw_bytes(chunk)), dtype=torch.uint8)
-    paging.gather(chunk.pages, chunk.ids[None], payloads, programs=16)
-    paging.scatter(chunk.pages, chunk.ids[None], payloads, programs=16)
+    for layout, count in PAGED:
+        memory = torch.zeros((layout.plane_count, count, layout.page_bytes), dtype=torch.uint8)
+        pages, ids = DevicePages.of(layout, list(memory)), torch.arange(count, dtype=torch.int32)[None]
+        payloads = torch.empty((1, memory.numel()), dtype=torch.uint8)
+        paging.gather(pages, ids, payloads, programs=16)
+        paging.scatter(pages, ids, payloads, programs=16)
     for dtype in dtypes:
         (chunk,) = chunks(KVLayout.paged(1, 2, 128, dtype, 16), 1, "cpu")
         for codec in (Codec.SPLIT, Codec.FP8, Codec.INT4H):

@@ -1,8 +1,8 @@
 """Raw payloads: pages of many chunks copied into payloads on the device, and back, in one launch.
 
-A page is bytes here, so every layout is the same work: rows of at most `_TILE_WORDS` words, each within one page of one
-plane. Words are as wide as addresses allow, and threads move four at a time where pages and payloads lie at multiples
-of 16 bytes. Everything runs on torch's current stream, and nothing waits for it.
+A page is bytes here, so every layout is the same work: rows of words, each within one page of one plane. Words are as
+wide as addresses allow, and threads move four at a time where pages and payloads lie at multiples of 16 bytes.
+Everything runs on torch's current stream, and nothing waits for it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from lmpipe.cuda.pages import WIDEST_ACCESS, DevicePages
 
 _TILE_WORDS = 4096
 """Words that a program holds at once: 16 KiB in flight from each hide the memory's latency also when few run."""
+_LEAST_ROWS = 2
+"""Of a program: of a single row Triton (3.7.1) makes scalars, and fails on what is said of their alignment."""
 _WARPS = 8
 _LEAST_WORDS = 32
 """A row shorter than this is padded rather than cut where a page has no larger power of two in it."""
@@ -104,7 +106,7 @@ def _launch(
 def _block(words: int) -> int:
     """Words of a row: a power of two that divides the page's, or where that is small, one that has room for all."""
     divisor = words & -words
-    return min(_TILE_WORDS, divisor if divisor >= _LEAST_WORDS else triton.next_power_of_2(words))
+    return min(_TILE_WORDS // _LEAST_ROWS, divisor if divisor >= _LEAST_WORDS else triton.next_power_of_2(words))
 
 
 @triton.jit
