@@ -87,19 +87,23 @@ def decode_step(setting: Setting, device: Device, model: Llama) -> Figure:
         stop, begun = threading.Event(), threading.Event()
 
         def save() -> None:
-            while not stop.is_set():
-                saved = pool.save_into(work.page_ids, work.chunks)
+            try:
+                while not stop.is_set():
+                    saved = pool.save_into(work.page_ids, work.chunks)
+                    begun.set()
+                    saved.synchronize()
+            finally:
                 begun.set()
-                saved.synchronize()
 
-        saver = threading.Thread(target=save)
-        saver.start()
-        begun.wait()
-        try:
-            return alone()
-        finally:
-            stop.set()
-            saver.join()
+        with ThreadPoolExecutor(1) as thread:
+            saving = thread.submit(save)
+            begun.wait()
+            try:
+                seconds = alone()
+            finally:
+                stop.set()
+            saving.result()
+        return seconds
 
     values, limits = setting.alternate("decode step", beside if device.is_gpu else alone, alone)
     pool.close()

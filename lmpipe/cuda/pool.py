@@ -29,6 +29,7 @@ from lmpipe.cuda.pieces import Piece, cut
 from lmpipe.cuda.staging import Staged, Staging, aligned, parts, rows
 from lmpipe.errors import CannotEncode, FormatError
 from lmpipe.handles import Codec
+from lmpipe.spans import Span, Spans
 
 STAGING_BYTES = 64 << 20
 """Of device memory in each of four staging buffers, at most; what raw transfers need is `PIECE_BYTES`."""
@@ -57,6 +58,7 @@ class DevicePool:
         piece_bytes: int = PIECE_BYTES,
         programs: int = PROGRAMS,
         lanes: Callable[[torch.device, int], Lane] = lane_of,
+        spans: Spans | None = None,
     ) -> None:
         """Args:
         pages: of the engine.
@@ -64,6 +66,7 @@ class DevicePool:
         piece_bytes: of a raw transfer at a time.
         programs: of each kernel.
         lanes: makes a lane of a device and a priority.
+        spans: takes the time in which transfers are launched, with their raw bytes; nvtx ranges alone by default.
 
         Raises:
             ValueError: a single page does not fit a piece, or a piece the buffer.
@@ -74,6 +77,7 @@ class DevicePool:
                 f" buffer of {staging_bytes}"
             )
         self.pages = pages
+        self._spans = spans or Spans("engine")
         self._staging_bytes, self._piece_bytes, self._programs = staging_bytes, piece_bytes, programs
         self._saves = Staging([lanes(pages.device, SAVES) for _ in range(3)])
         self._loads = Staging([lanes(pages.device, LOADS) for _ in range(3)])
@@ -92,8 +96,7 @@ class DevicePool:
                 copied.
         """
         hosts = self._hosts(page_ids, destinations, [self.chunk_bytes(page_ids)] * len(destinations))
-        with self._saves.lock:
-            self._saves.begin(after)
+        with self._span("gpu.save", page_ids), self._saves.transfer(after):
             for piece in self._cut(page_ids, range(self.pages.layout.plane_count)):
                 self._out(self._saves.next(self._piece_bytes), piece, page_ids, hosts)
             return self._saves.joined()
@@ -141,8 +144,7 @@ class DevicePool:
         hosts = self._hosts(page_ids, destinations, [min(whole, HEADER_BYTES + each) for each in bounds])
         lengths = self._answers(len(hosts))
         encoded = Encoded(lengths)
-        with self._saves.lock:
-            self._saves.begin(after)
+        with self._span("gpu.encode", page_ids), self._saves.transfer(after):
             begun: Callable[[], None] | None = None
             for group in self._groups(bounds):
                 staged = self._saves.next(sum(aligned(bounds[chunk]) for chunk in group))
@@ -182,8 +184,7 @@ class DevicePool:
                 heads[chunk] = head, table
             except FormatError as error:
                 decoded.refused[chunk] = str(error)
-        with self._loads.lock:
-            self._loads.begin(after)
+        with self._span("gpu.decode", page_ids), self._loads.transfer(after):
             places = list(heads)
             for group in self._groups([heads[chunk][0].payload_bytes for chunk in places]):
                 some = {places[at]: heads[places[at]] for at in group}
@@ -197,13 +198,15 @@ class DevicePool:
         for direction in (self._saves, self._loads):
             direction.close()
 
+    def _span(self, name: str, page_ids: PageIds) -> Span:
+        return self._spans.span(name, self.chunk_bytes(page_ids) * len(page_ids), len(page_ids))
+
     def _load(
         self, page_ids: PageIds, sources: Sequence[HostBytes], after: Event | None, parts: list[range]
     ) -> list[Event]:
         hosts = self._hosts(page_ids, sources, [self.chunk_bytes(page_ids)] * len(sources))
         events: list[Event] = []
-        with self._loads.lock:
-            self._loads.begin(after)
+        with self._span("gpu.load", page_ids), self._loads.transfer(after):
             for planes in parts:
                 for piece in self._cut(page_ids, planes):
                     self._in(self._loads.next(self._piece_bytes), piece, page_ids, hosts)

@@ -8,7 +8,8 @@ events are what callers get, and no lane waits for the other.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -28,20 +29,31 @@ class Staged:
 
 
 class Staging:
-    """Who adds work holds `lock`. Buffers grow to what was asked of them."""
+    """Work is added within `transfer`. Buffers grow to what was asked of them."""
 
     def __init__(self, lanes: Sequence[Lane]) -> None:
         """`lanes`: three."""
         *self._lanes, self._join = lanes
         self._buffers: list[torch.Tensor | None] = [None for _ in self._lanes]
         self._turn = 0
-        self.lock = threading.Lock()
+        self._lock = threading.Lock()
 
-    def begin(self, after: Event | None) -> None:
-        """What is added from now on begins after an event."""
-        if after is not None:
-            for lane in self._lanes:
-                lane.wait(after)
+    @contextmanager
+    def transfer(self, after: Event | None) -> Generator[None]:
+        """The turn of one transfer, whose work begins after an event.
+
+        If adding work fails, what was added before is waited for: nobody is told, and takes memory away, while a copy
+        may still write there.
+        """
+        with self._lock:
+            if after is not None:
+                for lane in self._lanes:
+                    lane.wait(after)
+            try:
+                yield
+            except BaseException:
+                self.joined().synchronize()
+                raise
 
     def next(self, nbytes: int) -> Staged:
         """The lane whose turn it is, with so many bytes at least."""
@@ -59,7 +71,7 @@ class Staging:
 
     def close(self) -> None:
         """Wait for what was added, then give the memory back."""
-        with self.lock:
+        with self._lock:
             self.joined().synchronize()
             self._buffers = [None for _ in self._lanes]
 

@@ -22,8 +22,10 @@ Step = Callable[[], bool]
 class DeferredDevice:
     """All lanes of a device, and the memory that they asked for."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, *, launches: int = 1 << 30) -> None:
+        """`launches`: so many succeed, then the device is out of memory."""
         self._random = random.Random(seed)
+        self.launches = launches
         self.lanes: list[DeferredLane] = []
         self.asked: list[int] = []
 
@@ -69,6 +71,10 @@ class DeferredLane:
     steps: deque[Step] = field(default_factory=deque)
 
     def run(self, work: Callable[[], None]) -> None:
+        if not self.device.launches:
+            raise RuntimeError("out of memory")
+        self.device.launches -= 1
+
         def step() -> bool:
             work()
             return True

@@ -244,6 +244,16 @@ def model_numbers(layout: KVLayout) -> bytes:
     return b"".join(numbers(layout, PAGES, seed) for seed in range(CHUNKS))
 
 
+def encoded(layout: KVLayout) -> list[bytes]:
+    """All chunks of `model_numbers`, by the host's `split`."""
+    chunks = []
+    for seed in range(CHUNKS):
+        raw = numbers(layout, PAGES, seed)
+        dst = memoryview(bytearray(CODECS[Codec.SPLIT].bound(len(raw))))
+        chunks.append(bytes(dst[: CODECS[Codec.SPLIT].encode(memoryview(raw), dst, source_of(layout, PAGES))]))
+    return chunks
+
+
 @pytest.mark.parametrize("lanes", ["at once", 0])
 @pytest.mark.parametrize("codec", sorted(ON_DEVICE))
 def test_encoded_and_decoded(codec: Codec, lanes: str | int, device: torch.device) -> None:
@@ -340,6 +350,31 @@ def test_what_does_not_fit_is_refused_before_anything_is_done(device: torch.devi
         pool.encode_into(coder, ids, [host[:100] for host in hosts], range(5))
     with pytest.raises(ValueError, match="1 codecs of 5"):
         pool.decode_from(ids, hosts, [Codec.SPLIT])
+    assert not any(lane.steps for lane in gpu.lanes)
+
+
+@pytest.mark.parametrize("launches", [0, 1, 2, 5])
+def test_what_had_begun_is_over_when_a_failure_is_said(launches: int, device: torch.device) -> None:
+    """Else the memory would be given to others while copies write there."""
+    gpu = DeferredDevice(0, launches=launches)
+    engine = Engine(LAYOUT, device, gpu.lane, piece_bytes=LAYOUT.page_bytes, content=model_numbers(LAYOUT))
+    ids, hosts, pool = engine.page_ids, engine.hosts(), engine.pool
+    sources = [torch.frombuffer(bytearray(host), dtype=torch.uint8) for host in encoded(LAYOUT)]
+    transfers = {
+        "save": lambda: pool.save_into(ids, hosts),
+        "load": lambda: pool.load_layers(ids, hosts),
+        "encode": lambda: pool.encode_into(Coder(Codec.SPLIT), ids, hosts, [0] * CHUNKS),
+        "decode": lambda: pool.decode_from(ids, sources, [Codec.SPLIT] * CHUNKS),
+    }
+    for transfer in transfers.values():
+        gpu.launches = launches
+        with pytest.raises(RuntimeError, match="out of memory"):
+            transfer()
+        assert not any(lane.steps for lane in gpu.lanes)
+    gpu.launches = 1000
+    for transfer in transfers.values():
+        transfer()  # the turn was given back
+    pool.close()
     assert not any(lane.steps for lane in gpu.lanes)
 
 
