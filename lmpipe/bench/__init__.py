@@ -29,5 +29,3 @@ NEEDS = {"vllm": _VLLM, "vllm-kill": _VLLM, "gpu": _TRITON}
 
 NEEDS_GPU = {"gpu"}
 """Benchmarks that need a GPU; so with them."""
-GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
-"""One of them is there where a GPU can be used: NVIDIA's, AMD's, that of Windows below Linux."""

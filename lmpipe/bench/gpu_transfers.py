@@ -40,8 +40,7 @@ CODEC_TOKENS = 4096
 
 def run(setting: Setting, device: Device, tokens: int) -> list[Figure]:
     """All figures."""
-    layers, heads = setting.size(32, 2), setting.size(8, 1)
-    layout = KVLayout.paged(layers, heads, setting.size(128, 16), "bfloat16", 16)
+    layout = layout_of(setting)
     work = Work.of(device, layout, tokens)
     bench = _Transfers(setting, work)
     figures = [*bench.kernels(), *bench.directions(), bench.both()]
@@ -54,6 +53,11 @@ def run(setting: Setting, device: Device, tokens: int) -> list[Figure]:
     for codec, goals in CODECS.items():
         figures += codec_kernels(setting, work, codec, goals)
     return figures
+
+
+def layout_of(setting: Setting) -> KVLayout:
+    """Of the KV that is moved."""
+    return KVLayout.paged(setting.size(32, 2), setting.size(8, 1), setting.size(128, 16), "bfloat16", 16)
 
 
 def figure(

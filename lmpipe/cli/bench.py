@@ -16,11 +16,12 @@ import orjson
 from rich.console import Console
 from rich.status import Status
 
-from lmpipe.bench import GPU_DRIVERS, NEEDS, NEEDS_GPU, SUMMARIES
+from lmpipe.bench import NEEDS, NEEDS_GPU, SUMMARIES
 from lmpipe.bench.report import Figure, Report, table
 from lmpipe.cli.console import wide_console
 from lmpipe.cli.nodes import Subparsers, add_verb
 from lmpipe.errors import LmpipeError
+from lmpipe.launch.devices import DRIVERS
 
 EXAMPLES = """
 lmpipe bench save load            two benchmarks, a table for each
@@ -89,8 +90,8 @@ def _lack(name: str) -> tuple[str, str]:
     spec = find_spec(package) if package else None
     if package and (spec is None or spec.origin is None):  # without an origin it is a directory of that name
         return package, mend
-    if name in NEEDS_GPU and not any(Path(driver).exists() for driver in GPU_DRIVERS):
-        return "a GPU", f"there is none of {', '.join(GPU_DRIVERS)}"
+    if name in NEEDS_GPU and not any(driver.exists() for driver in DRIVERS):
+        return "a GPU", f"there is none of {', '.join(map(str, DRIVERS))}"
     return "", ""
 
 

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_runtime import FakeRuntime
 
-from lmpipe.bench import gpu, gpu_model, gpu_transfers
+from lmpipe.bench import gpu, gpu_ipc, gpu_model, gpu_transfers
 from lmpipe.bench.gpu_device import Device, Work, checksum
 from lmpipe.bench.gpu_llama import LLAMA_8B, TINY, Llama
 from lmpipe.bench.harness import Setting
 from lmpipe.bench.report import Figure
+from lmpipe.cuda.ipc import ExportedPages
 from lmpipe.handles import Codec
 from lmpipe.layout import CHUNK_TOKENS, KVLayout
 
@@ -70,6 +72,22 @@ def test_kernels_and_transfers(machine: Device, setting: Setting, monkeypatch: p
     wanted = {f"{name}, 512 tokens" for name in ("save", "load", "load by layer", "both at once")}
     wanted |= {f"{name}, {grid}" for name in ("gather", "scatter") for grid in ("full grid", "16 programs")}
     assert names(figures) == wanted
+
+
+def test_saves_by_ipc(setting: Setting, tmp_path: Path) -> None:
+    """A fake device in two processes, of which this test is both."""
+    layout = gpu_transfers.layout_of(setting)
+    engine, gather = FakeRuntime(tmp_path), FakeRuntime(tmp_path)
+    nbytes, pages = layout.chunk_bytes(TOKENS), TOKENS // layout.page_tokens
+    base, own = engine.malloc(nbytes), gather.malloc(nbytes)
+    planes = [base + plane * pages * layout.page_bytes for plane in range(layout.plane_count)]
+    exported = ExportedPages(engine, planes, layout.page_bytes, layout.page_bytes, pages)
+    stream = engine.new_stream(urgent=True)
+    exported.mark(stream)
+    engine.finish(stream)
+    figures = gpu_ipc.run(setting, gather, exported.source, layout, TOKENS, own)
+    assert names(figures) == {"pages opened by IPC", "save by IPC, 512 tokens"}
+    assert gather.opens == setting.warm_ups + setting.runs + 1 and gather.pageable == 0
 
 
 def test_codecs(machine: Device, setting: Setting) -> None:
