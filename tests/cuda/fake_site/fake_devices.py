@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 Lack = tuple[str, str]
+DRIVERS: tuple[Path, ...] = ()
 
 
 def lacking(_: object) -> None:
