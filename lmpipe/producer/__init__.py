@@ -27,7 +27,6 @@ import numpy as np
 import numpy.typing as npt
 
 from lmpipe import messages as m
-from lmpipe import native
 from lmpipe.books import NamespaceBook
 from lmpipe.errors import LayoutError
 from lmpipe.handles import ChunkRecords, Fidelity, SessionId, Tier
@@ -38,6 +37,7 @@ from lmpipe.producer.admission import Admission
 from lmpipe.producer.attachment import TIERS, Attachment, Found, Wanted
 from lmpipe.producer.link import LeasePool, Link, slots_of
 from lmpipe.producer.loading import Loader, LoadResult
+from lmpipe.producer.pools import Pool
 from lmpipe.producer.saving import PageIds, Saver, SaveTicket, chunk_records
 from lmpipe.producer.wanted import ANY_FIDELITY
 from lmpipe.wire import VERSION
@@ -247,9 +247,7 @@ class Producer:
         finally:
             attachment.leave()
 
-    def load(
-        self, found: Found, pool: native.PagePool, page_ids: PageIds, *, deadline_ms: float | None = None
-    ) -> LoadResult:
+    def load(self, found: Found, pool: Pool, page_ids: PageIds, *, deadline_ms: float | None = None) -> LoadResult:
         """Copy found chunks into the engine's pages and release the holds.
 
         Args:
@@ -289,7 +287,7 @@ class Producer:
     def save(
         self,
         prompt: Prompt,
-        pool: native.PagePool | None,
+        pool: Pool | None,
         page_ids: PageIds,
         *,
         first_chunk: int = 0,
@@ -327,7 +325,7 @@ class Producer:
             self._saver.put(ticket, prompt, first_chunk, pool, page_ids, fidelity, exact or self.exact)
         return ticket
 
-    def _check(self, pool: native.PagePool | None, page_ids: PageIds, chunk_tokens: int, lowest: int) -> None:
+    def _check(self, pool: Pool | None, page_ids: PageIds, chunk_tokens: int, lowest: int) -> None:
         """Refuse, on the caller's thread, what no copy may be made with."""
         if not len(page_ids):
             return

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from lmpipe import failpoints, native
+from lmpipe import failpoints
 from lmpipe import messages as m
 from lmpipe.handles import CHUNK, ChunkRecords, Codec, Tier
 from lmpipe.producer.attachment import LOOKS, TIERS, Attachment, Found, slots_of
-from lmpipe.producer.decoding import Decoder
 from lmpipe.producer.link import Answer, Link
+from lmpipe.producer.pools import Copies, Pool, mark
 from lmpipe.producer.saving import PageIds
 from lmpipe.shm.table import SlotTable
 
@@ -52,6 +52,8 @@ class _Arrivals:
     done: npt.NDArray[np.bool_]
     fidelity: npt.NDArray[np.uint16]
     """As asked for; in the end, as loaded."""
+    after: object
+    """When nothing reads the pages any more that are loaded into."""
     failed: set[str] = field(default_factory=set[str])
 
 
@@ -60,11 +62,9 @@ class Loader:
 
     def __init__(self, link: Link, copy_threads: int) -> None:
         self._link = link
-        self._copier, self._decoder = native.Copier(copy_threads), Decoder(copy_threads)
+        self._copies = Copies(copy_threads)
 
-    def load(
-        self, load_id: int, found: Found, pool: native.PagePool, page_ids: PageIds, deadline_ns: int
-    ) -> LoadResult:
+    def load(self, load_id: int, found: Found, pool: Pool, page_ids: PageIds, deadline_ns: int) -> LoadResult:
         """Copy what was found into the engine's pages; see `Producer.load`."""
         started = time.monotonic()
         attachment = found.attachment or self._link.attachment
@@ -86,7 +86,7 @@ class Loader:
         load_id: int,
         found: Found,
         count: int,
-        pool: native.PagePool,
+        pool: Pool,
         page_ids: PageIds,
         deadline_ns: int,
         started: float,
@@ -98,6 +98,7 @@ class Loader:
             {key: int(at) for key, at in zip(records["key"].tolist(), below.tolist(), strict=True)},
             done,
             found.records["fidelity"][:count].copy(),
+            mark(pool),
         )
         answers: queue.SimpleQueue[Answer | None] | None = None
         if len(below):
@@ -134,7 +135,7 @@ class Loader:
         load_id: int,
         arrivals: _Arrivals,
         answers: queue.SimpleQueue[Answer | None],
-        pool: native.PagePool,
+        pool: Pool,
         page_ids: PageIds,
         deadline_ns: int,
     ) -> None:
@@ -167,7 +168,7 @@ class Loader:
         load_id: int,
         arrivals: _Arrivals,
         chunks: ChunkRecords,
-        pool: native.PagePool,
+        pool: Pool,
         page_ids: PageIds,
     ) -> None:
         at = np.array([arrivals.waiting.pop(key, -1) for key in chunks["key"].tolist()], np.intp)
@@ -191,7 +192,7 @@ class Loader:
         arrivals: _Arrivals,
         chunks: ChunkRecords,
         at: npt.NDArray[np.intp],
-        pool: native.PagePool,
+        pool: Pool,
         page_ids: PageIds,
     ) -> int:
         """Hold what has arrived and copy it; how many of the chunks, from the first, could be held."""
@@ -214,7 +215,7 @@ class Loader:
         self,
         attachment: Attachment,
         records: ChunkRecords,
-        pool: native.PagePool,
+        pool: Pool,
         page_ids: PageIds,
         arrivals: _Arrivals,
     ) -> npt.NDArray[np.bool_]:
@@ -225,11 +226,10 @@ class Loader:
             arrivals.failed.add("another chunk is there")
         raw = there & (records["codec"] == Codec.RAW)
         if raw.any():
-            offsets = np.array([arena.offset(place >> 32) for place in records["place"][raw].tolist()], np.uint64)
-            self._copier.scatter(pool, np.ascontiguousarray(page_ids[raw]), arena.region, offsets)
+            self._copies.load(pool, page_ids[raw], arena, records[raw], arrivals.after)
         if not raw[there].all():
             encoded = np.flatnonzero(there & ~raw)
-            damaged = self._decoder.scatter(arena, records[encoded], pool, np.ascontiguousarray(page_ids[encoded]))
+            damaged = self._copies.decode(pool, page_ids[encoded], arena, records[encoded], arrivals.after)
             there[encoded[list(damaged)]] = False
             arrivals.failed.update(damaged.values())
         return there

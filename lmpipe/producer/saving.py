@@ -18,7 +18,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from lmpipe import failpoints, native
+from lmpipe import failpoints
 from lmpipe import messages as m
 from lmpipe.bus import Channel
 from lmpipe.clock import wall_s
@@ -27,6 +27,7 @@ from lmpipe.keys import Prompt, namespace_id
 from lmpipe.lifecycle import SlotEvent
 from lmpipe.producer.attachment import Attachment, Wanted
 from lmpipe.producer.link import LeasePool, Link
+from lmpipe.producer.pools import Copies, Pool, mark
 from lmpipe.shm.hold import Grant
 
 log = logging.getLogger("lmpipe.producer")
@@ -166,8 +167,10 @@ class _Job:
     known_as: Wanted
     """What is known already need not be saved."""
     first: int
-    pool: native.PagePool | None
+    pool: Pool | None
     page_ids: PageIds
+    after: object
+    """When the pages have been computed."""
 
 
 class Saver:
@@ -177,7 +180,7 @@ class Saver:
         self, link: Link, leases: LeasePool, wanted: Callable[[], Wanted], copy_threads: int, ttl_s: int
     ) -> None:
         self._link, self._leases, self._wanted, self._ttl_s = link, leases, wanted, ttl_s
-        self._copier = native.Copier(copy_threads)
+        self._copies = Copies(copy_threads)
         self._jobs: queue.Queue[_Job | None] = queue.Queue(QUEUED_SAVES)
         self.tickets: dict[int, SaveTicket] = {}
         self._starved = False
@@ -191,19 +194,22 @@ class Saver:
         ticket: SaveTicket,
         prompt: Prompt,
         first: int,
-        pool: native.PagePool | None,
+        pool: Pool | None,
         page_ids: PageIds,
         fidelity: int,
         exact: bool,
     ) -> None:
-        """Queue a save. Called on the engine's thread: no copy, no socket, no index read."""
+        """Queue a save. Called on the engine's thread: no copy, no socket, no index read.
+
+        Pages on a device hold what has been ordered there until now.
+        """
         view = prompt.part(0)  # an engine's prompt goes on growing
         records = chunk_records(prompt, first, ticket.chunks, self._wanted(), self._ttl_s, fidelity)
         ticket.used = partial(self._touch, "load", view, first + ticket.chunks)
         # The ids are copied: an engine's block table goes on changing.
         wanted = self._wanted()
         known_as = replace(wanted, max_fidelity=fidelity) if exact else wanted
-        job = _Job(ticket, view, records, known_as, first, pool, np.array(page_ids, np.int32, order="C"))
+        job = _Job(ticket, view, records, known_as, first, pool, np.array(page_ids, np.int32, order="C"), mark(pool))
         self.tickets[ticket.save_id] = ticket
         try:
             self._jobs.put_nowait(job)
@@ -285,7 +291,7 @@ class Saver:
         if not self._link.post("save", message):
             self.finish(ticket, "gather busy")
 
-    def _copy(self, attachment: Attachment, job: _Job, pool: native.PagePool, known: int) -> None:
+    def _copy(self, attachment: Attachment, job: _Job, pool: Pool, known: int) -> None:
         ticket, at = job.ticket, known
         while at < ticket.chunks and not ticket.done:
             slots = self._leases.take(min(GROUP_CHUNKS, ticket.chunks - at), LEASE_WAIT_S)
@@ -315,9 +321,7 @@ class Saver:
                 self._touch("save", job.prompt, job.first + at)  # behind what was just sent
             self._leases.done(slots)
 
-    def _fill(
-        self, attachment: Attachment, job: _Job, pool: native.PagePool, at: int, slots: list[Slot]
-    ) -> ChunkRecords:
+    def _fill(self, attachment: Attachment, job: _Job, pool: Pool, at: int, slots: list[Slot]) -> ChunkRecords:
         """Copy chunks from `at` on into those of the slots that are still ours; their records."""
         arena = attachment.arena
         opened = [slot for slot in slots if self._open(attachment, slot)]
@@ -325,8 +329,7 @@ class Saver:
         last = at + len(opened)
         records = job.records[at:last].copy()
         records["place"] = [slot.place for slot in opened]
-        offsets = np.array([arena.offset(slot.index) for slot in opened], np.uint64)
-        self._copier.gather(pool, job.page_ids[at:last], arena.region, offsets)
+        self._copies.save(pool, job.page_ids[at:last], arena, records, job.after)
         failpoints.hit("producer.save.copied")
         for slot, record in zip(opened, records, strict=True):
             arena.set_record(slot.index, record)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+sys.path.append(str(Path(__file__).parent.parent / "multiproc"))  # the rig
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
