@@ -18,18 +18,18 @@ from lmpipe.testing import Node
 Make = Callable[..., Engine]
 
 
-class GatedCopier:
-    """A producer's copier that waits in the middle of a copy until it is let go."""
+class GatedCopies:
+    """A producer's copies that wait in the middle until they are let go."""
 
     def __init__(self, engine: Engine) -> None:
         self.inside, self.go = threading.Event(), threading.Event()
-        self._copier = engine.producer._saver._copier
-        engine.producer._saver._copier = self  # type: ignore[assignment]
+        self._copies = engine.producer._saver._copies
+        engine.producer._saver._copies = self  # type: ignore[assignment]
 
-    def gather(self, *arguments: Any) -> int:
+    def save(self, *arguments: Any) -> None:
         self.inside.set()
         assert self.go.wait(WAIT_S)
-        return self._copier.gather(*arguments)
+        self._copies.save(*arguments)
 
 
 def test_saved_means_found_by_every_producer(make_engine: Make, mapped: bool) -> None:
@@ -81,7 +81,7 @@ def test_pages_are_not_given_back_while_they_are_read(end: str, make_engine: Mak
     """However a save ends: an engine that writes into its pages early would have rubbish kept under a good key."""
     engine, other = make_engine(), make_engine()
     prompt = engine.prompt(4, 3)
-    gate = GatedCopier(engine)
+    gate = GatedCopies(engine)
     ids = engine.prefill(prompt)
     ticket = engine.send(prompt, ids)
     assert gate.inside.wait(WAIT_S)
@@ -175,7 +175,7 @@ def test_a_lease_that_goes_back_is_not_taken_again(make_engine: Make, monkeypatc
     leases, taken = engine.producer._leases, list[Slot]()
     take = leases.take
     monkeypatch.setattr(leases, "take", lambda *wanted: taken.extend(slots := take(*wanted)) or slots)
-    monkeypatch.setattr(engine.producer._saver, "_copier", None)
+    monkeypatch.setattr(engine.producer._saver, "_copies", None)
     assert engine.save(engine.prompt(90, 2)).dropped == {"a bug in lmpipe": 2}
     gone = set(taken)
     leases.reset(taken)
@@ -186,14 +186,14 @@ def test_a_lease_that_goes_back_is_not_taken_again(make_engine: Make, monkeypatc
 def test_a_bug_costs_the_save_it_hits_and_no_other(make_engine: Make, node: Node) -> None:
     """There is no supervisor for a thread of the engine's process: the save ends, its leases go back."""
     engine = make_engine()
-    copier = engine.producer._saver._copier
+    copies = engine.producer._saver._copies
     for seed in range(2):
         prompt = engine.prompt(seed, 8)
-        engine.producer._saver._copier = None  # type: ignore[assignment]
+        engine.producer._saver._copies = None  # type: ignore[assignment]
         ticket = engine.save(prompt)
         assert ticket.dropped == {"a bug in lmpipe": 8}
         assert ticket.copied.is_set()
-        engine.producer._saver._copier = copier
+        engine.producer._saver._copies = copies
         again = engine.save(prompt)
         assert again.saved == 8, again.dropped
         assert engine.load(prompt).chunks == 8
@@ -202,7 +202,7 @@ def test_a_bug_costs_the_save_it_hits_and_no_other(make_engine: Make, node: Node
 
 def test_page_ids_may_change_after_the_call(make_engine: Make) -> None:
     engine = make_engine()
-    gate = GatedCopier(engine)
+    gate = GatedCopies(engine)
     first, second = engine.prompt(72, 2), engine.prompt(73, 2)
     tickets = []
     for prompt in (first, second):
