@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 
-_last = (time.time(), time.monotonic())
-"""The wall clock and the monotonic one, as last read."""
+_offset_s = time.time() - time.monotonic()
+"""How far the wall clock was ahead of the monotonic one, at most so far. The wall clock is read first: who is stopped
+between the two sees it less far ahead than it is, and is not ahead of all others from then on.
+"""
 
 
 def wall_s() -> float:
     """Seconds since the epoch. In one process it never runs backwards, and never slower than time passes."""
-    global _last
-    monotonic_s = time.monotonic()
-    last_wall_s, last_monotonic_s = _last
-    now_s = max(time.time(), last_wall_s + monotonic_s - last_monotonic_s)
-    _last = now_s, monotonic_s
-    return now_s
+    global _offset_s
+    at_least_s = _offset_s + time.monotonic()
+    now_s = time.time()
+    _offset_s = max(_offset_s, now_s - time.monotonic())
+    return max(now_s, at_least_s)

@@ -163,10 +163,13 @@ class Attachment:
         return time.monotonic() + self._lookup_s
 
     def all_in(self, tier: Tier, keys: list[bytes]) -> bool:
-        """Whether one tier has all of these chunks, each with all its shards."""
+        """Whether one tier has all of these chunks, each with all its shards, and none whose time is over."""
         with self._index.guard:
             rows = self._index.tiers(keys, self._end_s())[TIERS.index(tier)].run(keys)
-        return len(rows) == len(keys) and all(map(is_complete, rows))
+        if len(rows) < len(keys) or not all(map(is_complete, rows)):
+            return False
+        expires = row_records(b"".join(rows))["expires_at"]
+        return not np.any((expires != 0) & (expires <= wall_s()))
 
     def enter(self) -> bool:
         """Use the maps: every successful call is paired with `leave`. False: closed."""

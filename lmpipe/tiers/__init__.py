@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from lmpipe.clock import wall_s
 from lmpipe.errors import LmpipeError
 from lmpipe.handles import CHUNK, ChunkRecords
 
@@ -19,11 +20,20 @@ def is_same(stored: np.void, asked: np.void) -> bool:
 
 def is_as_good(stored: np.void, offered: np.void) -> bool:
     """Whether a stored record of the same key makes it needless to store the one that is offered: nothing more exact is
-    given up for it, and nothing equal is written again.
+    given up for it, and nothing equal that is still valid is written again.
     """
+    if has_expired(int(stored["expires_at"]), int(offered["saved_at"])):
+        return False
     if any(stored[name] != offered[name] for name in ("shard", "shards", "layout", "raw_bytes")):
         return False
     return bool(stored["fidelity"] < offered["fidelity"]) or is_same(stored, offered)
+
+
+def has_expired(expires_at: int, saved_at: int = 0) -> bool:
+    """Whether the time that its saver gave a chunk is over: lookups pass it by, so it must not stand in the way of the
+    same chunk saved at `saved_at`, by the clock of that saver, which may be ahead of this process's.
+    """
+    return expires_at != 0 and expires_at <= max(wall_s(), saved_at)
 
 
 class ChunkGone(LmpipeError):

@@ -31,7 +31,8 @@ from lmpipe.index import IndexWriter
 from lmpipe.index_row import index_key
 from lmpipe.lifecycle import SlotEvent, SlotState
 from lmpipe.shm.slots import SlotOwner
-from lmpipe.tiers.row import Row, encoded_away, fidelity_of, has_expired, place_of
+from lmpipe.tiers import has_expired
+from lmpipe.tiers.row import Row, encoded_away, expires_at, fidelity_of, place_of
 
 
 class HeldSlots(Protocol):
@@ -77,10 +78,12 @@ class DramTier:
         """The row of an index key."""
         return self._clean.get(key) or self._dirty.get(key)
 
-    def has(self, key: bytes, shard: int, fidelity: int) -> bool:
-        """Whether this shard of the chunk is in DRAM, still valid, and at least as exact as that."""
+    def has(self, key: bytes, shard: int, fidelity: int, saved_at: int = 0) -> bool:
+        """Whether this shard of the chunk is in DRAM, still valid (when one like it was saved, if that is later by the
+        saver's clock), and at least as exact as that.
+        """
         row = self.row(key)
-        if row is None or shard not in row.records or has_expired(row.records[shard]):
+        if row is None or shard not in row.records or has_expired(expires_at(row.records[shard]), saved_at):
             return False
         return fidelity_of(row.records[shard]) <= fidelity
 
@@ -150,7 +153,7 @@ class DramTier:
         key, shard = index_key(record.tobytes()), int(record["shard"])
         row = self.row(key)
         if row is not None and shard in row.records:
-            if has_expired(row.records[shard]):
+            if has_expired(expires_at(row.records[shard]), int(record["saved_at"])):
                 self._remove(key)
                 row = None
             elif int(record["fidelity"]) < fidelity_of(row.records[shard]):

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from lmpipe.clock import wall_s
 from lmpipe.handles import CHUNK, Codec, SessionId
 
 _NUMBERS = struct.Struct("<28xHH8xIIQ4xI8x")
@@ -65,7 +64,6 @@ def encoded_away(record: bytes) -> int | None:
     return None if codec == Codec.RAW else raw_bytes - nbytes
 
 
-def has_expired(record: bytes) -> bool:
-    """Whether the time that its saver gave a chunk is over: lookups pass it by, so it must not stand in the way."""
-    expires_s = _NUMBERS.unpack(record)[5]
-    return expires_s != 0 and expires_s <= wall_s()
+def expires_at(record: bytes) -> int:
+    """When the time that its saver gave the chunk is over, in seconds since 1970; 0: never."""
+    return _NUMBERS.unpack(record)[5]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from io_faults import IoFaults
-from rig import CALM, EngineProcess
+from pathlib import Path
 
+from io_faults import IoFaults
+from rig import CALM, Engine, EngineProcess, all_tiers, until
+
+from lmpipe.handles import Tier
 from lmpipe.testing import Node
 
 CHUNKS = 4
@@ -41,3 +44,18 @@ def test_a_clock_that_is_set_ends_ttls_and_nothing_else(faults: IoFaults) -> Non
             assert done["saved"] + done["known"] and not done["dropped"]
         assert node.status().state == "ready"
         assert [process.restarts for process in node.status().processes] == [0] * len(node.status().processes)
+
+
+def test_what_is_over_in_a_tier_does_not_stand_in_the_way_of_the_same_chunks(tmp_path: Path) -> None:
+    """Neither there nor in the tiers below: saved again, they are persisted again, and found after DRAM is gone."""
+    with Node(all_tiers(tmp_path)) as node, Engine(node.run_dir, ttl_s=2) as short, Engine(node.run_dir) as long:
+        prompt = short.prompt(1, CHUNKS)
+        assert short.save(prompt).saved == CHUNKS
+        assert short.producer.flush(prompt, tiers=[Tier.SSD, Tier.REMOTE])
+        until(lambda: long.found(prompt) == 0, "the chunks expire")
+        assert long.save(prompt).saved == CHUNKS
+        assert long.producer.flush(prompt, tiers=[Tier.SSD, Tier.REMOTE])
+        long.drop_from(prompt, Tier.DRAM)
+        assert long.load(prompt).by_tier == {Tier.SSD: CHUNKS}
+        long.drop_from(prompt, Tier.DRAM, Tier.SSD)
+        assert long.load(prompt).by_tier == {Tier.REMOTE: CHUNKS}

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lmpipe.clock import wall_s
 from lmpipe.handles import CHUNK, SessionId, Slot, Tier
 from lmpipe.index import IndexReader, IndexWriter
 from lmpipe.index_row import index_keys
@@ -54,9 +55,16 @@ class Bench:
         self.tier = DramTier(self.arena, self.index, self.held, lambda: self.now_s)
 
     def save(
-        self, prompt: int, chunks: range, pending: int = 0, shard: int = 0, shards: int = 1, fidelity: int = 0
+        self,
+        prompt: int,
+        chunks: range,
+        pending: int = 0,
+        shard: int = 0,
+        shards: int = 1,
+        fidelity: int = 0,
+        **times: int,
     ) -> list[int]:
-        """Save chunks of a prompt; returns the positions that became visible."""
+        """Save chunks of a prompt; returns the positions that became visible. `times`: saved_at, expires_at."""
         slots: list[int] = []
         for position in chunks:
             slot = self.tier.reserve(CHUNK_BYTES, ME)
@@ -69,6 +77,8 @@ class Bench:
             record["position"], record["shard"], record["shards"] = position, shard, shards
             record["raw_bytes"] = record["nbytes"] = CHUNK_BYTES
             record["namespace"], record["fidelity"], record["place"] = prompt, fidelity, slot.place
+            for name, at in times.items():
+                record[name] = at
             self.arena.set_record(slot.index, record[0])
             assert self.arena.advance(slot, SlotEvent.CLOSE)
             slots.append(slot.index)
@@ -221,6 +231,17 @@ def test_a_known_chunk_is_not_kept_twice(bench: Bench) -> None:
     used = bench.arena.used_bytes
     assert bench.save(1, range(2)) == []
     assert bench.arena.used_bytes == used and bench.found(1) == [0, 1]
+
+
+def test_a_chunk_whose_time_is_over_by_its_next_savers_clock_is_saved_again(bench: Bench) -> None:
+    """That clock may be ahead of gather's: what is said to be known would not be found by who saved it."""
+    soon = int(wall_s()) + 100
+    assert bench.save(1, range(1), expires_at=soon) == [0]
+    assert bench.save(1, range(1), saved_at=soon - 1) == [], "valid, by either clock"
+    key = bench.key(1, 0)
+    assert bench.tier.has(key, 0, 0, soon - 1) and not bench.tier.has(key, 0, 0, soon)
+    assert bench.save(1, range(1), saved_at=soon) == [0]
+    assert bench.tier.has(key, 0, 0, soon + 1000) and bench.arena.used_bytes == CHUNK_BYTES
 
 
 def fidelity_of(bench: Bench, position: int) -> int:

@@ -100,6 +100,19 @@ def test_saved_is_loaded_now_and_after_a_listing(tiers: Tiers) -> None:
     assert not loads(again, chunks(1, seed=4)[0])
 
 
+def test_a_chunk_whose_time_is_over_is_stored_again(tiers: Tiers) -> None:
+    short, long = chunks(1), chunks(1)
+    short["expires_at"] = long["saved_at"] = short["saved_at"] + 10
+    tier = tiers.open()
+    for records in (short, long):
+        save(tier, records)
+        assert tier.find(records[0])["expires_at"] == records["expires_at"][0]  # type: ignore[index]
+    save(tier, short)
+    for opened in (tier, tiers.open()):
+        assert opened.find(short[0])["expires_at"] == 0, "what is valid is known"  # type: ignore[index]
+        assert loads(opened, long[0])
+
+
 def test_shards_share_a_row(tiers: Tiers) -> None:
     tier = tiers.open()
     for shard in (1, 0):

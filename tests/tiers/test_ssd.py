@@ -111,6 +111,18 @@ def test_saved_is_loaded_now_and_after_a_clean_restart(tier_at: Open, flush: Flu
         assert not loads(tier, chunks(1, nbytes, seed=9)[0])
 
 
+def test_a_chunk_whose_time_is_over_is_written_again(tier_at: Open) -> None:
+    short, long = chunks(1), chunks(1)
+    short["expires_at"] = long["saved_at"] = short["saved_at"] + 10
+    with tier_at() as tier:
+        save(tier, short)
+        assert not tier.has(short[0]) and not tier.has(long[0])
+        save(tier, long)
+        assert tier.has(short[0]) and tier.has(long[0])
+    with tier_at() as tier:
+        assert tier.has(long[0]) and loads(tier, long[0])
+
+
 @pytest.mark.parametrize("nbytes", [(8 << 20) + 1, 20 << 20])
 def test_large_chunks_go_in_parts(tmp_path: Path, node: tuple[Path, NodeWords], nbytes: int) -> None:
     index = IndexWriter(node[0], Tier.SSD, 1 << 20, node[1])

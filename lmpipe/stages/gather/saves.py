@@ -130,11 +130,9 @@ class Saves:
             self._drop(peer, save_id, "the DRAM index is full", chunks[~has])
 
     def _has(self, chunks: ChunkRecords) -> npt.NDArray[np.bool_]:
-        """Which of the chunks the tier has, at least as exact as these."""
-        names, fidelities = names_of(chunks), chunks["fidelity"].tolist()
-        return np.array(
-            [self._dram.has(*name, fidelity) for name, fidelity in zip(names, fidelities, strict=True)], np.bool_
-        )
+        """Which of the chunks the tier has, at least as exact as these, and valid for who saves them."""
+        wanted = zip(names_of(chunks), chunks["fidelity"].tolist(), chunks["saved_at"].tolist(), strict=True)
+        return np.array([self._dram.has(*name, *least) for name, *least in wanted], np.bool_)
 
     def _drop(self, peer: Peer, save_id: int, reason: str, chunks: ChunkRecords) -> None:
         self._context.count("dropped_chunks", len(chunks))
