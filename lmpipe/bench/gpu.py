@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 
@@ -17,6 +16,7 @@ from lmpipe.bench import gpu_ipc, gpu_model, gpu_transfers
 from lmpipe.bench.gpu_device import Device
 from lmpipe.bench.harness import Setting, main
 from lmpipe.bench.report import Figure
+from lmpipe.launch.host import memory_bytes
 from lmpipe.layout import CHUNK_TOKENS
 
 TOKENS, QUICK_TOKENS = 32 << 10, 2 * CHUNK_TOKENS
@@ -42,7 +42,7 @@ def run(setting: Setting) -> list[Figure]:
     device.forget()
     shape = gpu_model.TINY if setting.quick else gpu_model.LLAMA_8B
     wanted = QUICK_PROMPTS if setting.quick else PROMPTS
-    sizes = gpu_model.sizes_that_fit(shape, wanted, device.free_bytes(), HOST_SHARE * free_host_bytes())
+    sizes = gpu_model.sizes_that_fit(shape, wanted, device.free_bytes(), HOST_SHARE * memory_bytes("MemAvailable"))
     for tokens in wanted[len(sizes) :]:
         setting.say(f"{tokens} tokens left out: too little memory")
     return [*figures, *gpu_model.run(setting, device, shape, sizes)]
@@ -59,14 +59,6 @@ def by_ipc(setting: Setting, device: Device, tokens: int) -> list[Figure]:
     own = device.bytes(layout.chunk_bytes(tokens))
     with gpu_ipc.exported(layout, tokens) as source:
         return gpu_ipc.run(setting, open_device(source.device), source, layout, tokens, own.data_ptr())
-
-
-def free_host_bytes() -> int:
-    """Memory that the host could give."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable"):
-            return int(line.split()[1]) << 10
-    return 0
 
 
 if __name__ == "__main__":

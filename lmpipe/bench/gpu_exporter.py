@@ -18,6 +18,7 @@ from lmpipe.cuda.runtime import Stream
 from lmpipe.handles import SessionId
 from lmpipe.layout import CHUNK_TOKENS, KVLayout
 from lmpipe.messages import Register, encode
+from lmpipe.wire import VERSION
 
 
 def main() -> int:
@@ -31,7 +32,7 @@ def main() -> int:
     exported = ExportedPages(open_device("0"), addresses, layout.page_bytes, layout.page_bytes, pages)
     device.synchronize()
     exported.mark(Stream(torch.cuda.current_stream().cuda_stream))
-    hello = Register(SessionId(1), [2], "producer", "bench", 1, None, CHUNK_TOKENS, 0, 1, "", 0, exported.source)
+    hello = Register(SessionId(1), [VERSION], "producer", "bench", 1, None, CHUNK_TOKENS, 0, 1, "", 0, exported.source)
     print(bytes(encode(hello)[0]).hex(), flush=True)
     sys.stdin.read()
     return 0

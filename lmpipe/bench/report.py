@@ -24,6 +24,8 @@ from typing import Any, Literal
 import rich.box
 from rich.table import Table
 
+from lmpipe.launch.host import memory_bytes
+
 
 @dataclass(frozen=True, slots=True)
 class Goal:
@@ -136,14 +138,11 @@ def commit() -> str:
 
 def machine() -> str:
     """Processors, memory, kernel, Python and graphics of this machine in a line."""
-    cpu, memory = "unknown CPU", 0
+    cpu, memory = "unknown CPU", round(memory_bytes("MemTotal") / (1 << 30))
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             cpu = line.partition(":")[2].strip()
             break
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemTotal"):
-            memory = round(int(line.split()[1]) / (1 << 20))
     gpu = "NVIDIA GPU" if Path("/proc/driver/nvidia/version").exists() else "no GPU"
     cores, system, python = os.cpu_count(), platform.release(), platform.python_version()
     return f"{cores} x {cpu}, {memory} GiB, {gpu}, Linux {system}, Python {python}"

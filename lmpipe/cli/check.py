@@ -15,6 +15,7 @@ from lmpipe.cli.nodes import Subparsers, add_verb
 from lmpipe.cli.picture import draw, size
 from lmpipe.codecs.checks import conflicts
 from lmpipe.launch.devices import lacking
+from lmpipe.launch.host import memory_bytes
 from lmpipe.rundir import RunDir
 from lmpipe.topology import Topology
 
@@ -55,7 +56,7 @@ def warnings_of(topology: Topology) -> list[str]:
         found.append(f"{size(shared)} of shared memory are wanted, {size(free)} are free at {existing(run_dir)}")
     elif shared > 0.8 * free:
         found.append(f"{size(shared)} of the {size(free)} free at {existing(run_dir)} will be taken")
-    if (memory := available_memory()) and shared > memory + taken:
+    if (memory := memory_bytes("MemAvailable")) and shared > memory + taken:
         found.append(f"{size(shared)} of shared memory are wanted, {size(memory)} of memory are available")
     if topology.tiers.ssd:
         directory = existing(Path(topology.tiers.ssd.directory))
@@ -87,11 +88,3 @@ def bytes_in(paths: RunDir) -> int:
 def existing(path: Path) -> Path:
     """The path, or the nearest directory above it that is there."""
     return next(directory for directory in (path, *path.parents) if directory.exists())
-
-
-def available_memory() -> int:
-    """Bytes that the kernel could give without swapping; 0: it does not say."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 0

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lmpipe import native
-from lmpipe.cli.check import available_memory, bytes_in, existing, shared_bytes
+from lmpipe.cli.check import bytes_in, existing, shared_bytes
 from lmpipe.cli.doctor.finding import Finding, fail, ok, warn
 from lmpipe.cli.picture import size
 from lmpipe.launch.devices import Lack, lacking
+from lmpipe.launch.host import memory_bytes
 from lmpipe.rundir import RunDir
 from lmpipe.topology import Topology
 
@@ -61,7 +62,7 @@ def examine(topology: Topology | None, run_dir: Path) -> list[Finding]:
     mount = mount_of(place.resolve(), Path("/proc/self/mountinfo").read_text())
     wanted = shared_bytes(topology) if topology else 0
     usage, taken = shutil.disk_usage(place), bytes_in(RunDir(run_dir))
-    available = available_memory()
+    available = memory_bytes("MemAvailable")
     return [
         shared_memory(mount, usage.total, usage.free + taken, wanted),
         memory(available + taken, cgroup_limit(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup").read_text()), wanted),
