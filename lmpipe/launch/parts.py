@@ -8,13 +8,12 @@ import time
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from lmpipe import native
 from lmpipe.books import LayoutBook, NamespaceBook
 from lmpipe.codecs import CODECS
 from lmpipe.codecs.choice import Choice, configured
-from lmpipe.cuda.readers import DeviceReaders
 from lmpipe.errors import DeviceError
 from lmpipe.handles import Tier
 from lmpipe.index import IndexReader, IndexWriter
@@ -40,6 +39,9 @@ from lmpipe.tiers.remote_object import RemoteTier, open_store
 from lmpipe.tiers.ssd import SsdTier
 from lmpipe.topology import NodeInfo
 from lmpipe.topology import SsdTier as SsdSettings
+
+if TYPE_CHECKING:
+    from lmpipe.cuda.readers import DeviceReaders
 
 RING_ANSWERS = 4
 """A slot of a ring is lent so many times longer than an answer may take: answers are behind all that waits there."""
@@ -100,7 +102,9 @@ class Parts:
 
     def _devices(self, arena: native.Region, copier: native.Copier) -> DeviceReaders:
         try:
-            from lmpipe.cuda.cupy_runtime import open_device  # noqa: PLC0415  CuPy is optional, and slow to import
+            # CuPy is optional and slow to import; without a GPU nothing of cuda/ is loaded.
+            from lmpipe.cuda.cupy_runtime import open_device  # noqa: PLC0415
+            from lmpipe.cuda.readers import DeviceReaders  # noqa: PLC0415
         except ImportError as error:
             raise DeviceError(f"engines.devices: CuPy cannot be loaded ({error}): pip install 'lmpipe[gpu]'") from None
         return self._closing(

@@ -7,6 +7,7 @@ Knows no message and no hold.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import numpy as np
@@ -41,8 +42,8 @@ class ForeignPool(Protocol):
         """What the engine has ordered of its device until now, on the calling thread: copies begin after it."""
         ...
 
-    def use(self, arena: native.Region) -> None:
-        """Slots of this arena come next; of those before it no more."""
+    def use(self, arena: native.Region) -> AbstractContextManager[None]:
+        """Within it slots are of this arena."""
         ...
 
     def save(self, page_ids: PageIds, slots: Sequence[memoryview], after: object) -> None:
@@ -68,14 +69,6 @@ def mark(pool: Pool | None) -> object:
     return None if pool is None or isinstance(pool, native.PagePool) else pool.mark()
 
 
-def payloads(arena: SlotTable, records: ChunkRecords) -> list[memoryview]:
-    """The bytes of chunks that lie in the arena."""
-    return [
-        arena.payload(place >> 32, nbytes)
-        for place, nbytes in zip(records["place"].tolist(), records["nbytes"].tolist(), strict=True)
-    ]
-
-
 class Copies:
     """Copies between the arena and pools, in one direction of one producer."""
 
@@ -88,8 +81,8 @@ class Copies:
         if isinstance(pool, native.PagePool):
             self._copier.gather(pool, page_ids, arena.region, _offsets(arena, records))
         else:
-            pool.use(arena.region)
-            pool.save(page_ids, payloads(arena, records), after)
+            with pool.use(arena.region):
+                pool.save(page_ids, _payloads(arena, records), after)
 
     def load(self, pool: Pool, page_ids: PageIds, arena: SlotTable, records: ChunkRecords, after: object) -> None:
         """Fill pages from raw slots."""
@@ -97,8 +90,8 @@ class Copies:
         if isinstance(pool, native.PagePool):
             self._copier.scatter(pool, page_ids, arena.region, _offsets(arena, records))
         else:
-            pool.use(arena.region)
-            pool.load(page_ids, payloads(arena, records), after)
+            with pool.use(arena.region):
+                pool.load(page_ids, _payloads(arena, records), after)
 
     def decode(
         self, pool: Pool, page_ids: PageIds, arena: SlotTable, records: ChunkRecords, after: object
@@ -107,9 +100,14 @@ class Copies:
         page_ids = np.ascontiguousarray(page_ids)
         if isinstance(pool, native.PagePool):
             return self._decoder.scatter(arena, records, pool, page_ids)
-        pool.use(arena.region)
         codecs = [Codec(number) for number in records["codec"].tolist()]
-        return pool.decode(page_ids, payloads(arena, records), codecs, after)
+        with pool.use(arena.region):
+            return pool.decode(page_ids, _payloads(arena, records), codecs, after)
+
+
+def _payloads(arena: SlotTable, records: ChunkRecords) -> list[memoryview]:
+    places, lengths = records["place"].tolist(), records["nbytes"].tolist()
+    return [arena.payload(place >> 32, nbytes) for place, nbytes in zip(places, lengths, strict=True)]
 
 
 def _offsets(arena: SlotTable, records: ChunkRecords) -> npt.NDArray[np.uint64]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from fake_runtime import FakeRuntime
 from numbers_engine import LARGEST_ERROR, LAYOUT, Numbers, NumbersEngine, dram
 from rig import CHUNK_TOKENS, PageIds, counters, until, until_whole
 
+from lmpipe import native
 from lmpipe.cli import main
 from lmpipe.cuda.engine import EnginePages
 from lmpipe.cuda.pages import DevicePages
@@ -117,3 +121,61 @@ def test_pages_of_another_size_are_refused(engine: DeviceEngine) -> None:
     prompt = engine.prompt(6, 1)
     with pytest.raises(ValueError, match="the pool has 64 pages"):
         engine.producer.save(prompt, engine.pages, np.full((1, LAYOUT.chunk_pages(CHUNK_TOKENS)), PAGES, np.int32))
+
+
+def test_no_copy_crosses_the_border_of_two_pinned_pieces(
+    node: Node, device: torch.device, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """To the driver they are two memories; and an arena is unpinned only when nobody copies any more."""
+    runtime, piece = FakeRuntime(tmp_path), 4096
+    with DeviceEngine(node.run_dir, device, "raw", request.node.name) as engine:
+        pool = Watched(engine.pages._pool, piece)
+        engine.pages = engine.memory.pool = EnginePages(pool, runtime, piece)
+        until_whole(node, engine)
+        prompt = engine.prompt(7, CHUNKS)
+        assert engine.save(prompt).wait(0)
+        assert engine.load(prompt).chunks == CHUNKS
+        assert pool.crossed == {"save_into": 0, "load_from": 0} and pool.elsewhere, "chunks are larger than a piece"
+        pinned = engine.pages._pinned
+        assert pinned is not None and pinned.wait(10) and runtime.pinned_now
+
+        other, order = native.Region(np.zeros(2 * piece, np.uint8)), list[str]()
+
+        def change() -> None:
+            with engine.pages.use(other):
+                order.append("changed")
+
+        with engine.pages.use(pinned._region):
+            thread = threading.Thread(target=change)
+            thread.start()
+            thread.join(0.2)
+            order.append("copied")
+        thread.join(10)
+        assert order == ["copied", "changed"]
+        engine.pages.close()
+        assert not runtime.pinned_now
+
+
+class Watched:
+    """A pool that looks where it is to copy from and to. The arena begins at a page, so pieces do."""
+
+    def __init__(self, pool: DevicePool, piece: int) -> None:
+        self.pages, self._pool, self._piece = pool.pages, pool, piece
+        self.chunk_bytes, self.close = pool.chunk_bytes, pool.close
+        self.crossed = {"save_into": 0, "load_from": 0}
+        self.elsewhere = 0
+
+    def _see(self, name: str, hosts: list[memoryview]) -> None:
+        for host in hosts:
+            in_arena = not isinstance(host.obj, bytearray)
+            self.elsewhere += not in_arena
+            start = np.frombuffer(host, np.uint8).ctypes.data
+            self.crossed[name] += in_arena and start // self._piece != (start + len(host) - 1) // self._piece
+
+    def save_into(self, page_ids: PageIds, hosts: list[memoryview], after: Any) -> Any:
+        self._see("save_into", hosts)
+        return self._pool.save_into(page_ids, hosts, after)
+
+    def load_from(self, page_ids: PageIds, hosts: list[memoryview], after: Any) -> Any:
+        self._see("load_from", hosts)
+        return self._pool.load_from(page_ids, hosts, after)
