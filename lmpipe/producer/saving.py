@@ -253,17 +253,21 @@ class Saver:
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
-            attachment = self._link.attachment
-            if self._link.state != "ready" or attachment is None or not attachment.enter():
-                self.finish(job.ticket, "lmpipe absent")
-                continue
-            try:
-                self._save(attachment, job)
-            except Exception:
-                log.critical("a bug: this save is dropped, the engine goes on", exc_info=True)
-                self.finish(job.ticket, "a bug in lmpipe")
-            finally:
-                attachment.leave()
+            self._work_on(job)
+            del job  # and with it the engine's memory, which else would stay until the next save
+
+    def _work_on(self, job: _Job) -> None:
+        attachment = self._link.attachment
+        if self._link.state != "ready" or attachment is None or not attachment.enter():
+            self.finish(job.ticket, "lmpipe absent")
+            return
+        try:
+            self._save(attachment, job)
+        except Exception:
+            log.critical("a bug: this save is dropped, the engine goes on", exc_info=True)
+            self.finish(job.ticket, "a bug in lmpipe")
+        finally:
+            attachment.leave()
 
     def _save(self, attachment: Attachment, job: _Job) -> None:
         ticket = job.ticket
