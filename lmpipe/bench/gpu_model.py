@@ -33,6 +33,7 @@ from lmpipe.codecs.header import HEADER_BYTES
 from lmpipe.cuda.coding import Coder
 from lmpipe.cuda.lanes import Event
 from lmpipe.cuda.pool import DevicePool
+from lmpipe.cuda.transfers import Transfers
 from lmpipe.handles import Codec
 from lmpipe.layout import CHUNK_TOKENS
 from lmpipe.tiers.segment_file import open_direct, read_at, write_at
@@ -68,7 +69,8 @@ def decode_step(setting: Setting, device: Device, model: Llama) -> Figure:
     """ms of a step while pages are saved."""
     tokens = setting.size(DECODE_TOKENS, 2 * CHUNK_TOKENS)
     work = Work.of(device, model.shape.layout, setting.size(SAVED_TOKENS, 2 * CHUNK_TOKENS))
-    pool, cache = DevicePool(work.pages), model.cache(tokens + 1)
+    transfers, cache = Transfers(device.torch), model.cache(tokens + 1)
+    pool = DevicePool(work.pages, transfers)
     token = model.prompt(1)
     step = _captured(device, lambda: model.forward(token, cache, tokens))
     steps = setting.size(STEPS, 2)
@@ -106,7 +108,7 @@ def decode_step(setting: Setting, device: Device, model: Llama) -> Figure:
         return seconds
 
     values, limits = setting.alternate("decode step", beside if device.is_gpu else alone, alone)
-    pool.close()
+    transfers.close()
     name = f"decode step after {tokens} tokens, beside saves"
     return Figure.of(name, scaled(values, 1e3), "ms", limits=scaled(limits, 1e3), goal=SLOWDOWN)
 
@@ -134,7 +136,8 @@ class _First:
         self._setting, self._device, self._model, self._tokens = setting, device, model, tokens
         self._cache = model.cache(tokens + 1)
         self._prompt = model.prompt(tokens + 1)
-        self._pool = DevicePool(model.pages(self._cache))
+        self._transfers = Transfers(device.torch)
+        self._pool = DevicePool(model.pages(self._cache), self._transfers)
         count = tokens // CHUNK_TOKENS
         each = layout.chunk_pages(CHUNK_TOKENS)
         self._page_ids = np.arange(count * each, dtype=np.int32).reshape(count, each)
@@ -168,7 +171,7 @@ class _First:
                 warm("warm from SSD, raw", lambda: self._from_files(paths), exact=True)
         else:
             self._setting.say(f"{self._name('warm from SSD, raw')}: left out, {disk} has no room")
-        self._pool.close()
+        self._transfers.close()
         return figures
 
     def _name(self, what: str) -> str:

@@ -23,7 +23,8 @@ from lmpipe.bench.report import Figure, Goal
 from lmpipe.codecs.header import Header
 from lmpipe.cuda import coding, paging
 from lmpipe.cuda.coding import Coder
-from lmpipe.cuda.pool import PROGRAMS, DevicePool
+from lmpipe.cuda.pool import DevicePool
+from lmpipe.cuda.transfers import PROGRAMS, Transfers
 from lmpipe.handles import Codec
 from lmpipe.layout import KVLayout
 
@@ -71,7 +72,8 @@ def figure(
 class _Transfers:
     def __init__(self, setting: Setting, work: Work) -> None:
         self._setting, self._work, self._device = setting, work, work.device
-        self._pool = DevicePool(work.pages)
+        self._transfers = Transfers(work.device.torch)
+        self._pool = DevicePool(work.pages, self._transfers)
         self._label = f"{work.page_ids.size * work.pages.layout.page_tokens} tokens"
 
     def kernels(self) -> list[Figure]:
@@ -151,7 +153,7 @@ class _Transfers:
         return figure(self._setting, name, lambda: seconds(move), lambda: seconds(dma), OF_BOTH, 2 * nbytes)
 
     def close(self) -> None:
-        self._pool.close()
+        self._transfers.close()
 
     def _dma_out(self) -> None:
         self._work.host.copy_(self._work.flat, non_blocking=True)
@@ -199,7 +201,9 @@ def _decode(head: Header, buffer: torch.Tensor, work: Work, ids: torch.Tensor) -
 
 def codec_transfers(setting: Setting, work: Work, codec: Codec) -> list[Figure]:
     """Encoded on the way to the host and decoded on the way back."""
-    coder, device, pool = Coder(codec), work.device, DevicePool(work.pages)
+    coder, device = Coder(codec), work.device
+    transfers = Transfers(device.torch)
+    pool = DevicePool(work.pages, transfers)
     positions = range(1, len(work.page_ids) + 1)
     lengths = pool.encode_into(coder, work.page_ids, work.chunks, positions).lengths()
     if 0 in lengths:
@@ -228,5 +232,5 @@ def codec_transfers(setting: Setting, work: Work, codec: Codec) -> list[Figure]:
         )
         for name, (step, limit) in steps.items()
     ]
-    pool.close()
+    transfers.close()
     return figures

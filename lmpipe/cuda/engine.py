@@ -1,14 +1,13 @@
 """An engine's pages on its device as its producer knows them (`producer.ForeignPool`), over `DevicePool`.
 
-Calls return when the copies are over: a producer's threads wait for them, asleep, while the engine goes on. The arena
-is pinned beside the work, piece by piece; what is not pinned yet is copied all the same, slower.
+Calls return when the copies are over: a producer's threads wait for them, asleep, while the engine goes on. A pool
+keeps the pages' memory alive until then, which is all that PyTorch's allocator has to know of the streams used here.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
 import numpy as np
@@ -17,11 +16,10 @@ import torch
 
 from lmpipe import native
 from lmpipe.codecs import CODECS
+from lmpipe.cuda.arena import PinnedArena
 from lmpipe.cuda.coding import ON_DEVICE
 from lmpipe.cuda.lanes import Event
-from lmpipe.cuda.pinned import PIECE_BYTES, Pinned
 from lmpipe.cuda.pool import DevicePool
-from lmpipe.cuda.runtime import Runtime
 from lmpipe.errors import FormatError
 from lmpipe.handles import Codec
 
@@ -31,15 +29,9 @@ PageIds = npt.NDArray[np.int32]
 class EnginePages:
     """Give it to `Producer.save` and `Producer.load` as the pool."""
 
-    def __init__(self, pool: DevicePool, runtime: Runtime | None = None, pin_bytes: int = PIECE_BYTES) -> None:
-        """`runtime`: of the pool's device (`cupy_runtime.open_device`), to pin the arena with; None leaves it alone.
-        `pin_bytes`: of the arena at a time.
-        """
-        self._pool, self._runtime, self._pin_bytes = pool, runtime, pin_bytes
-        self._changed = threading.Condition()
-        self._arena: native.Region | None = None
-        self._pinned: Pinned | None = None
-        self._users = 0
+    def __init__(self, pool: DevicePool, arena: PinnedArena | None = None) -> None:
+        """`arena`: of the producer that it will be given to; None copies to and from memory that is not pinned."""
+        self._pool, self._arena = pool, arena
 
     @property
     def pages(self) -> int:
@@ -61,40 +53,16 @@ class EnginePages:
         event.record(torch.cuda.current_stream(device))
         return event
 
-    @contextmanager
-    def use(self, arena: native.Region) -> Generator[None]:
-        """The arena is being pinned from its first use on. Another one waits until nobody copies from or to this one:
-        memory is not unpinned under a copy.
-        """
-        with self._changed:
-            self._changed.wait_for(lambda: arena is self._arena or not self._users)
-            if arena is not self._arena:
-                self._pin(arena)
-            self._users += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._users -= 1
-                self._changed.notify_all()
+    def use(self, arena: native.Region) -> AbstractContextManager[None]:
+        """Within it slots are of this arena."""
+        return nullcontext() if self._arena is None else self._arena.use(arena)
 
-    def _pin(self, arena: native.Region | None) -> None:
-        if self._pinned is not None:
-            self._pinned.close()
-        self._arena, self._pinned = arena, None
-        if arena is not None and self._runtime is not None:
-            self._pinned = Pinned(self._runtime, arena, "arena", self._pin_bytes)
-
-    def _one_memory(self, slot: memoryview) -> bool:
-        """Whether the driver knows all of a slot as one memory, or none of it; no copy may cross the border of two."""
-        if self._pinned is None:
-            return True
-        start = np.frombuffer(slot, np.uint8).ctypes.data - self._pinned.address
-        return start // self._pin_bytes == (start + len(slot) - 1) // self._pin_bytes
+    def _is_one_memory(self, slot: memoryview) -> bool:
+        return self._arena is None or self._arena.is_one_memory(slot)
 
     def save(self, page_ids: PageIds, slots: Sequence[memoryview], after: object) -> None:
         """Copy pages into slots."""
-        targets = [slot if self._one_memory(slot) else bytearray(len(slot)) for slot in slots]
+        targets = [slot if self._is_one_memory(slot) else bytearray(len(slot)) for slot in slots]
         self._pool.save_into(page_ids, list(map(memoryview, targets)), cast(Event | None, after)).synchronize()
         for slot, target in zip(slots, targets, strict=True):
             if target is not slot:
@@ -105,7 +73,7 @@ class EnginePages:
         self._pool.load_from(page_ids, self._sources(slots), cast(Event | None, after)).synchronize()
 
     def _sources(self, slots: Sequence[memoryview]) -> list[memoryview]:
-        return [slot if self._one_memory(slot) else memoryview(bytearray(slot)) for slot in slots]
+        return [slot if self._is_one_memory(slot) else memoryview(bytearray(slot)) for slot in slots]
 
     def decode(
         self, page_ids: PageIds, slots: Sequence[memoryview], codecs: Sequence[Codec], after: object
@@ -129,9 +97,3 @@ class EnginePages:
                 continue
             self._pool.load_from(page_ids[at : at + 1], [raw.data], wait).synchronize()
         return {at: f"damaged in DRAM: {why}" for at, why in failed.items()}
-
-    def close(self) -> None:
-        """Wait for what runs; unpin the arena, give the staging memory back. No call is under way or comes."""
-        self._pool.close()
-        with self._changed:
-            self._pin(None)

@@ -23,8 +23,8 @@ class DevicePages:
     """The pages of one engine: plane p's page j lies `j * page_stride` bytes after `bases[p]`."""
 
     layout: KVLayout
-    planes: tuple[torch.Tensor, ...]
-    """One per plane, kept alive as long as this; the first axis counts pages."""
+    memory: tuple[torch.Tensor, ...]
+    """What the planes lie in, kept alive as long as this."""
     bases: torch.Tensor
     """Their addresses, int64, on their device."""
     page_stride: int
@@ -51,9 +51,28 @@ class DevicePages:
                 raise ValueError(f"plane {number} must have as many pages as plane 0, as far apart")
             if plane.device != first.device:
                 raise ValueError(f"plane {number} lies on {plane.device}, plane 0 on {first.device}")
-        bases = torch.tensor([plane.data_ptr() for plane in planes], dtype=torch.int64).to(first.device)
-        alignment = math.gcd(WIDEST_ACCESS, stride, *(plane.data_ptr() for plane in planes))
-        return cls(layout, tuple(planes), bases, stride, first.shape[0], alignment)
+        made = cls.at(layout, [plane.data_ptr() for plane in planes], stride, first.shape[0], planes)
+        if first.is_cuda:
+            torch.cuda.current_stream(first.device).synchronize()
+        return made
+
+    @classmethod
+    def at(
+        cls,
+        layout: KVLayout,
+        addresses: Sequence[int] | npt.NDArray[np.int64],
+        page_stride: int,
+        pages: int,
+        memory: Sequence[torch.Tensor],
+    ) -> DevicePages:
+        """The planes of `layout` at these addresses, in `memory`, which is all on one device. Nothing is checked.
+
+        Takes microseconds, for pages of one request: the table of addresses is copied through torch's current stream,
+        and what reads it has to begin after an event there (`EnginePages.mark`).
+        """
+        table = np.array(addresses, np.int64)
+        alignment = math.gcd(WIDEST_ACCESS, page_stride, int(np.gcd.reduce(table)))
+        return cls(layout, tuple(memory), _sent(table, memory[0].device), page_stride, pages, alignment)
 
     @property
     def device(self) -> torch.device:
@@ -79,8 +98,13 @@ class DevicePages:
             ValueError: an id is outside the pool.
         """
         self.check(page_ids)
-        ids = torch.from_numpy(np.array(page_ids, np.int32))  # pyright: ignore[reportUnknownMemberType]
-        return ids.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else ids
+        return _sent(np.array(page_ids, np.int32), self.device)
+
+
+def _sent(numbers: npt.NDArray[np.int32] | npt.NDArray[np.int64], device: torch.device) -> torch.Tensor:
+    """On the device, through torch's current stream; nothing waits for it."""
+    tensor = torch.from_numpy(numbers)  # pyright: ignore[reportUnknownMemberType]
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 @triton.jit

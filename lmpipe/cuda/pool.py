@@ -23,20 +23,14 @@ import torch
 from lmpipe.codecs.header import HEADER_BYTES, Header
 from lmpipe.cuda import coding, paging
 from lmpipe.cuda.coding import Coder
-from lmpipe.cuda.lanes import LOADS, SAVES, Event, Lane, lane_of
+from lmpipe.cuda.lanes import Event
 from lmpipe.cuda.pages import DevicePages
 from lmpipe.cuda.pieces import Piece, cut
-from lmpipe.cuda.staging import Staged, Staging, aligned, parts, rows
+from lmpipe.cuda.staging import Staged, aligned, parts, rows
+from lmpipe.cuda.transfers import Transfers
 from lmpipe.errors import CannotEncode, FormatError
 from lmpipe.handles import Codec
-from lmpipe.spans import Span, Spans
-
-STAGING_BYTES = 64 << 20
-"""Of device memory in each of four staging buffers, at most; what raw transfers need is `PIECE_BYTES`."""
-PIECE_BYTES = 16 << 20
-"""Of a raw transfer at a time: the first one's kernel overlaps with nothing."""
-PROGRAMS = 16
-"""Of each kernel, at most: the other multiprocessors are the engine's."""
+from lmpipe.spans import Span
 
 PageIds = npt.NDArray[np.int32]
 HostBytes = memoryview | torch.Tensor
@@ -44,43 +38,26 @@ HostBytes = memoryview | torch.Tensor
 
 
 class DevicePool:
-    """The pages of one engine on one device. Any thread may call; transfers of one direction take turns.
+    """The pages of one engine, or of one request, on one device. Any thread may call; making one allocates nothing.
 
     Page ids have shape (chunks, pages of a chunk); -1 is no page: it is saved as zeros and left out by a load. Memory
-    of the host must stay as it is until the event that a call returns has come.
+    of the host must stay as it is until the event that a call returns has come, and so must the pages.
     """
 
-    def __init__(
-        self,
-        pages: DevicePages,
-        *,
-        staging_bytes: int = STAGING_BYTES,
-        piece_bytes: int = PIECE_BYTES,
-        programs: int = PROGRAMS,
-        lanes: Callable[[torch.device, int], Lane] = lane_of,
-        spans: Spans | None = None,
-    ) -> None:
-        """Args:
-        pages: of the engine.
-        staging_bytes: of each staging buffer at most; an encoded chunk must fit.
-        piece_bytes: of a raw transfer at a time.
-        programs: of each kernel.
-        lanes: makes a lane of a device and a priority.
-        spans: takes the time in which transfers are launched, with their raw bytes; nvtx ranges alone by default.
+    def __init__(self, pages: DevicePages, transfers: Transfers) -> None:
+        """`transfers`: of the pages' device, which may serve other pools too.
 
         Raises:
-            ValueError: a single page does not fit a piece, or a piece the buffer.
+            ValueError: the pages are of another device, or a single one does not fit a piece of a transfer.
         """
-        if not pages.layout.page_bytes <= piece_bytes <= staging_bytes:
-            raise ValueError(
-                f"a page of {pages.layout.page_bytes} bytes must fit a piece of {piece_bytes}, and that the staging"
-                f" buffer of {staging_bytes}"
-            )
+        if pages.layout.page_bytes > transfers.piece_bytes:
+            raise ValueError(f"a page of {pages.layout.page_bytes} bytes must fit a piece of {transfers.piece_bytes}")
+        if pages.device != transfers.device:
+            raise ValueError(f"the pages lie on {pages.device}, the transfers are of {transfers.device}")
         self.pages = pages
-        self._spans = spans or Spans("engine")
-        self._staging_bytes, self._piece_bytes, self._programs = staging_bytes, piece_bytes, programs
-        self._saves = Staging([lanes(pages.device, SAVES) for _ in range(3)])
-        self._loads = Staging([lanes(pages.device, LOADS) for _ in range(3)])
+        self._saves, self._loads, self._spans = transfers.saves, transfers.loads, transfers.spans
+        self._staging_bytes, self._piece_bytes = transfers.staging_bytes, transfers.piece_bytes
+        self._programs = transfers.programs
 
     def chunk_bytes(self, page_ids: PageIds) -> int:
         """Of a payload of as many pages as these chunks have."""
@@ -192,11 +169,6 @@ class DevicePool:
                 self._decode(staged, some, page_ids, hosts, decoded)
             decoded.done = self._loads.joined()
         return decoded
-
-    def close(self) -> None:
-        """Wait for what runs, then give the staging memory back."""
-        for direction in (self._saves, self._loads):
-            direction.close()
 
     def _span(self, name: str, page_ids: PageIds) -> Span:
         return self._spans.span(name, self.chunk_bytes(page_ids) * len(page_ids), len(page_ids))

@@ -90,12 +90,12 @@ class Engine:
 
     def payload(self) -> bytes:
         """What the chunk's pages hold."""
-        return b"".join(plane[self.page_ids.tolist()].cpu().numpy().tobytes() for plane in self.pages.planes)
+        return b"".join(plane[self.page_ids.tolist()].cpu().numpy().tobytes() for plane in self.pages.memory)
 
     def others_untouched(self) -> bool:
         """Whether the pages of others are as they were."""
         others = np.setdiff1d(np.arange(POOL_PAGES), self.page_ids).tolist()
-        return all(bool((plane[others] == 0xA5).all()) for plane in self.pages.planes)
+        return all(bool((plane[others] == 0xA5).all()) for plane in self.pages.memory)
 
 
 def on_host(payload: torch.Tensor) -> bytes:

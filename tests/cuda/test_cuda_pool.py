@@ -17,6 +17,7 @@ from lmpipe.cuda.lanes import Lane, lane_of
 from lmpipe.cuda.pages import DevicePages
 from lmpipe.cuda.pieces import cut
 from lmpipe.cuda.pool import DevicePool
+from lmpipe.cuda.transfers import Transfers
 from lmpipe.errors import CannotEncode
 from lmpipe.handles import Codec
 from lmpipe.layout import KVLayout
@@ -55,7 +56,8 @@ class Engine:
                 payload = np.frombuffer(content[chunk * self.nbytes : (chunk + 1) * self.nbytes], np.uint8)
                 host[:, self.page_ids[chunk]] = payload.reshape(layout.plane_count, PAGES, -1)
         self.memory = torch.from_numpy(host).to(device)
-        self.pool = DevicePool(DevicePages.of(layout, list(self.memory)), programs=3, lanes=lanes, **sizes)
+        self.transfers = Transfers(device, programs=3, lanes=lanes, **sizes)
+        self.pool = DevicePool(DevicePages.of(layout, list(self.memory)), self.transfers)
 
     def payload(self, chunk: int) -> bytes:
         """What the chunk's pages hold now."""
@@ -117,7 +119,7 @@ def test_saved_and_loaded(kind: str, pages_of_a_piece: int, lanes: str | int, de
     turned = hosts[::-1]
     engine.pool.load_from(engine.page_ids, turned).synchronize()
     assert [engine.payload(chunk) for chunk in range(CHUNKS)] == before[::-1]
-    engine.pool.close()
+    engine.transfers.close()
 
 
 @pytest.mark.parametrize("lanes", LANES)
@@ -167,7 +169,7 @@ def test_in_and_out_of_inference_mode(device: torch.device) -> None:
     engine.pool.load_from(engine.page_ids, hosts).synchronize()
     engine.pool.save_into(engine.page_ids, more).synchronize()
     assert [bytes(host) for host in more] == before
-    engine.pool.close()
+    engine.transfers.close()
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -216,8 +218,12 @@ def test_staging_memory_is_bounded_and_used_again(device: torch.device) -> None:
     for _ in range(3):
         engine.pool.save_into(engine.page_ids, engine.hosts()).synchronize()
         engine.pool.load_from(engine.page_ids, engine.hosts()).synchronize()
+    other = DevicePool(DevicePages.of(LAYOUT, list(engine.memory.clone())), engine.transfers)
+    hosts = engine.hosts()
+    other.save_into(engine.page_ids, hosts).synchronize()
+    assert contents(hosts) == [engine.payload(chunk) for chunk in range(CHUNKS)]
     assert gpu.asked == [piece_bytes] * 4
-    engine.pool.close()
+    engine.transfers.close()
 
 
 @pytest.mark.parametrize("lanes", LANES)
@@ -278,7 +284,7 @@ def test_encoded_and_decoded(codec: Codec, lanes: str | int, device: torch.devic
     sources = [host[:length] for host, length in zip(hosts, lengths, strict=True)]
     assert engine.pool.decode_from(engine.page_ids, sources, [codec] * CHUNKS).failed() == {}
     assert [engine.payload(chunk) for chunk in range(CHUNKS)] == decoded
-    engine.pool.close()
+    engine.transfers.close()
 
 
 @pytest.mark.parametrize("codec", sorted(ON_DEVICE - {Codec.SPLIT}))
@@ -374,18 +380,21 @@ def test_what_had_begun_is_over_when_a_failure_is_said(launches: int, device: to
     gpu.launches = 1000
     for transfer in transfers.values():
         transfer()  # the turn was given back
-    pool.close()
+    engine.transfers.close()
     assert not any(lane.steps for lane in gpu.lanes)
 
 
 def test_sizes_that_cannot_be(device: torch.device) -> None:
     pages = LAYOUT.page_bytes
     for sizes in ({"piece_bytes": pages - 1}, {"piece_bytes": 2 * pages, "staging_bytes": pages}):
-        with pytest.raises(ValueError, match="must fit a piece"):
+        with pytest.raises(ValueError, match="must fit"):
             Engine(LAYOUT, device, **sizes)
     engine = Engine(LAYOUT, device, piece_bytes=pages, staging_bytes=2 * pages)
     with pytest.raises(ValueError, match="of staging"):
         engine.pool.encode_into(Coder(Codec.SPLIT), engine.page_ids, engine.hosts(), [0] * CHUNKS)
+    elsewhere = [torch.empty(POOL_PAGES, LAYOUT.page_bytes, dtype=torch.uint8, device="meta")] * LAYOUT.plane_count
+    with pytest.raises(ValueError, match="the pages lie on meta"):
+        DevicePool(DevicePages.at(LAYOUT, [0] * LAYOUT.plane_count, pages, POOL_PAGES, elsewhere), engine.transfers)
     opaque = KVLayout(1, 1, 1, "uint8", 1, ("layer", "kv"), ("opaque",), opaque_page_bytes=64)
     with pytest.raises(CannotEncode, match="side by side"):
         engine = Engine(opaque, device)
@@ -399,4 +408,4 @@ def test_nothing_to_do(device: torch.device) -> None:
     assert all(event.query() or device.type == "cuda" for event in engine.pool.load_layers(none, []))
     assert engine.pool.encode_into(Coder(Codec.FP8), none, [], []).lengths() == []
     assert engine.pool.decode_from(none, [], []).failed() == {}
-    engine.pool.close()
+    engine.transfers.close()

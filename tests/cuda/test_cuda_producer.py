@@ -17,9 +17,11 @@ from rig import CHUNK_TOKENS, PageIds, counters, until, until_whole
 
 from lmpipe import native
 from lmpipe.cli import main
+from lmpipe.cuda.arena import PinnedArena
 from lmpipe.cuda.engine import EnginePages
 from lmpipe.cuda.pages import DevicePages
 from lmpipe.cuda.pool import DevicePool
+from lmpipe.cuda.transfers import Transfers
 from lmpipe.handles import Tier
 from lmpipe.testing import Node
 
@@ -50,7 +52,9 @@ class DeviceEngine(NumbersEngine):
         self.memory.close()
         memory = DeviceMemory(device)
         memory.error = LARGEST_ERROR.get(codec, 0.0)
-        self.pages = EnginePages(DevicePool(DevicePages.of(LAYOUT, list(memory.there)), programs=4))
+        self.transfers = Transfers(device, programs=4)
+        self.device_pool = DevicePool(DevicePages.of(LAYOUT, list(memory.there)), self.transfers)
+        self.pages = EnginePages(self.device_pool)
         self.memory = memory
         self.memory.pool = self.pages
 
@@ -67,7 +71,7 @@ def engine(node: Node, device: torch.device, request: pytest.FixtureRequest) -> 
     with DeviceEngine(node.run_dir, device, codec, request.node.name) as engine:
         until_whole(node, engine)
         yield engine
-        engine.pages.close()
+        engine.transfers.close()
 
 
 def test_what_kernels_save_kernels_load(engine: DeviceEngine) -> None:
@@ -129,30 +133,30 @@ def test_no_copy_crosses_the_border_of_two_pinned_pieces(
     """To the driver they are two memories; and an arena is unpinned only when nobody copies any more."""
     runtime, piece = FakeRuntime(tmp_path), 4096
     with DeviceEngine(node.run_dir, device, "raw", request.node.name) as engine:
-        pool = Watched(engine.pages._pool, piece)
-        engine.pages = engine.memory.pool = EnginePages(pool, runtime, piece)
+        pool, arena = Watched(engine.device_pool, piece), PinnedArena(runtime, piece)
+        engine.pages = engine.memory.pool = EnginePages(pool, arena)
         until_whole(node, engine)
         prompt = engine.prompt(7, CHUNKS)
         assert engine.save(prompt).wait(0)
         assert engine.load(prompt).chunks == CHUNKS
         assert pool.crossed == {"save_into": 0, "load_from": 0} and pool.elsewhere, "chunks are larger than a piece"
-        pinned = engine.pages._pinned
+        pinned = arena._pinned
         assert pinned is not None and pinned.wait(10) and runtime.pinned_now
 
         other, order = native.Region(np.zeros(2 * piece, np.uint8)), list[str]()
 
         def change() -> None:
-            with engine.pages.use(other):
+            with arena.use(other):
                 order.append("changed")
 
-        with engine.pages.use(pinned._region):
+        with arena.use(pinned._region):
             thread = threading.Thread(target=change)
             thread.start()
             thread.join(0.2)
             order.append("copied")
         thread.join(10)
         assert order == ["copied", "changed"]
-        engine.pages.close()
+        arena.close()
         assert not runtime.pinned_now
 
 
@@ -161,7 +165,7 @@ class Watched:
 
     def __init__(self, pool: DevicePool, piece: int) -> None:
         self.pages, self._pool, self._piece = pool.pages, pool, piece
-        self.chunk_bytes, self.close = pool.chunk_bytes, pool.close
+        self.chunk_bytes = pool.chunk_bytes
         self.crossed = {"save_into": 0, "load_from": 0}
         self.elsewhere = 0
 
