@@ -17,7 +17,6 @@ import torch
 from lmpipe import native
 from lmpipe.codecs import CODECS
 from lmpipe.cuda.arena import PinnedArena
-from lmpipe.cuda.coding import ON_DEVICE
 from lmpipe.cuda.lanes import Event
 from lmpipe.cuda.pool import DevicePool
 from lmpipe.errors import FormatError
@@ -78,20 +77,21 @@ class EnginePages:
     def decode(
         self, page_ids: PageIds, slots: Sequence[memoryview], codecs: Sequence[Codec], after: object
     ) -> dict[int, str]:
-        """Fill pages from encoded slots: by kernels, or on the host where a codec has none (zstd)."""
+        """Fill pages from encoded slots: by kernels, or on the host what they cannot (zstd, or a large chunk)."""
         wait = cast(Event | None, after)
-        there = [at for at, codec in enumerate(codecs) if codec in ON_DEVICE]
+        coded = list(enumerate(zip(codecs, slots, strict=True)))
+        there = [at for at, (codec, slot) in coded if self._pool.can_decode(codec, len(slot))]
         failed: dict[int, str] = {}
         if there:
             sources = self._sources([slots[at] for at in there])
             decoded = self._pool.decode_from(page_ids[there], sources, [codecs[at] for at in there], wait)
             failed = {there[at]: why for at, why in decoded.failed().items()}
-        for at, codec in enumerate(codecs):
-            if codec in ON_DEVICE:
+        for at, (codec, slot) in coded:
+            if at in there:
                 continue
             raw = np.empty(self._pool.chunk_bytes(page_ids), np.uint8)
             try:
-                CODECS[codec].decode(slots[at], raw.data)
+                CODECS[codec].decode(slot, raw.data)
             except FormatError as error:
                 failed[at] = str(error)
                 continue

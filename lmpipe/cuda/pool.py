@@ -63,6 +63,10 @@ class DevicePool:
         """Of a payload of as many pages as these chunks have."""
         return self.pages.layout.plane_count * page_ids.shape[-1] * self.pages.layout.page_bytes
 
+    def can_decode(self, codec: Codec, nbytes: int) -> bool:
+        """Whether a kernel decodes chunks of this codec, and one of so many bytes fits the staging buffers."""
+        return codec in coding.ON_DEVICE and nbytes <= self._staging_bytes
+
     def save_into(self, page_ids: PageIds, destinations: Sequence[HostBytes], after: Event | None = None) -> Event:
         """Copy pages to the host, as raw payloads. `after`: when the pages have been computed.
 

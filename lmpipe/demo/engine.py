@@ -20,7 +20,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from lmpipe.demo import model as demo_model
 from lmpipe.engines import Attachment, attach
-from lmpipe.engines import transformers_cache as kv
+from lmpipe.engines.transformers_cache import probe
+from lmpipe.engines.transformers_memory import HostMemory, LoadTensors, page_ids
 from lmpipe.handles import Tier
 
 SIZES = {"full": demo_model.FULL, "quick": demo_model.QUICK}
@@ -134,14 +135,14 @@ class Engine:
         """Generate twice on KV loaded by hand: as it is (which must be right), and scrambled (which must not)."""
         producer = self._attached.producer if self._attached is not None else None
         assert producer is not None
-        shape = kv.probe(self._model)
+        shape = probe(self._model)
         answers: dict[str, Any] = {}
         for scrambled in (False, True):
             cache = DynamicCache(config=self._model.config)
             found = producer.lookup(producer.prompt(tokens))
             columns = min(found.tokens, len(tokens) - 1)
-            tensors = kv.LoadTensors(shape, 1, columns)
-            pages = kv.page_ids(found.chunks, producer.chunk_tokens, 0, columns)
+            tensors = LoadTensors(shape, HostMemory(), 1, columns)
+            pages = page_ids(found.chunks, producer.chunk_tokens, 0, columns)
             loaded = producer.load(found, tensors.pool(0), pages)
             columns = min(loaded.tokens, columns)
             tensors.into(cache, columns, 1)

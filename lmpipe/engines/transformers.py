@@ -24,7 +24,7 @@ from lmpipe.engines import transformers_cache as kv
 from lmpipe.engines.adapter import AttachOptions, RequestInfo
 from lmpipe.engines.transformers_pass import Pass
 from lmpipe.engines.transformers_prefill import PrefillClock
-from lmpipe.engines.transformers_producers import ProducerSet
+from lmpipe.engines.transformers_producers import KERNEL_DEVICES, ProducerSet
 from lmpipe.engines.transformers_request import parse
 from lmpipe.errors import LmpipeError, UnsupportedError
 from lmpipe.producer import Producer, SaveTicket
@@ -45,7 +45,14 @@ class Generator(Protocol):
 
 
 class TransformersEngine:
-    """The adapter registered as `transformers`."""
+    """The adapter registered as `transformers`.
+
+    KV on one device of the types in `kernel_devices` is moved by kernels in this process; Triton's interpreter runs
+    them on "cpu" too.
+    """
+
+    def __init__(self, kernel_devices: frozenset[str] = KERNEL_DEVICES) -> None:
+        self._kernel_devices = kernel_devices
 
     def claims(self, model: object) -> bool:
         """Any transformers model, also inside PEFT's wrapper."""
@@ -61,7 +68,7 @@ class TransformersEngine:
         inner = _unwrapped(model)
         if not isinstance(inner, PreTrainedModel):
             raise UnsupportedError(f"{type(model).__qualname__} is not a transformers model")
-        return TransformersAttachment(inner, run_dir, options)
+        return TransformersAttachment(inner, run_dir, options, self._kernel_devices)
 
 
 def _unwrapped(model: object) -> object:
@@ -87,13 +94,19 @@ class _Generate:
 class TransformersAttachment:
     """A model with lmpipe switched on. `generate` may be called from several threads."""
 
-    def __init__(self, model: PreTrainedModel, run_dir: Path, options: AttachOptions) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        run_dir: Path,
+        options: AttachOptions,
+        kernel_devices: frozenset[str],
+    ) -> None:
         if isinstance(vars(model).get("generate"), _Generate):
             raise UnsupportedError("lmpipe is attached to this model already (detach it first)")
         self.model = model
         self.original = cast(Generator, model).generate
         self._options = options
-        self._producers = ProducerSet(model, run_dir, options)
+        self._producers = ProducerSet(model, run_dir, options, kernel_devices)
         self._saving = threading.Lock()
         self._tickets: deque[SaveTicket] = deque()
         self._counts: Counter[str] = Counter()
@@ -172,7 +185,8 @@ class TransformersAttachment:
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], exact: bool) -> Pass | None:
         """Look up and load. None: without the cache, for a reason that is not worth a word."""
         request = parse(self.model, self.original, args, kwargs)
-        producer, shape = self._producers.current()
+        opened = self._producers.current()
+        producer = opened.producer
         self._counts["requests"] += 1
         longest = max(len(row.tokens) for row in request.rows)
         skipped = "" if producer.mapped else f"lmpipe {producer.state}"
@@ -180,7 +194,7 @@ class TransformersAttachment:
             self.last = RequestInfo(sum(len(row.tokens) for row in request.rows), reason=skipped or "short")
             self._counts["skipped"] += 1
             return None
-        begun = Pass(request, producer, shape, lambda: DynamicCache(config=self.model.config), exact)
+        begun = Pass(request, opened, lambda: DynamicCache(config=self.model.config), exact)
         try:
             begun.load(self._options.load_deadline_ms)
         except TROUBLE as error:
@@ -205,5 +219,5 @@ class TransformersAttachment:
         self._counts["trouble"] += 1
         self.last = RequestInfo(reason=f"trouble {where}: {error}")
         words = "lmpipe failed %s, generate goes on without it: %s: %s"
-        expected = isinstance(error, (LmpipeError, OSError, MemoryError))
+        expected = isinstance(error, (LmpipeError, OSError, MemoryError, torch.OutOfMemoryError))
         log.warning(words, where, type(error).__name__, error, exc_info=None if expected else error)

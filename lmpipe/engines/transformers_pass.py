@@ -19,14 +19,18 @@ from transformers import DynamicCache
 
 from lmpipe.engines import transformers_cache as kv
 from lmpipe.engines.adapter import RequestInfo
+from lmpipe.engines.transformers_memory import LoadTensors, page_ids
+from lmpipe.engines.transformers_producers import Opened
 from lmpipe.engines.transformers_request import Request, Row
 from lmpipe.errors import UnsupportedError
 from lmpipe.handles import Fidelity, Tier
 from lmpipe.keys import Prompt
-from lmpipe.producer import Found, Producer, SaveTicket
+from lmpipe.producer import Found, SaveTicket
 
 SAVES_IN_FLIGHT = 16
 """Saves whose tensors are still being read; beyond this a save is dropped, so that memory stays bounded."""
+COPIED_S = 5.0
+"""How long generate waits for its saves where they hold memory that the next one needs; then they are given up."""
 
 
 @dataclass(slots=True)
@@ -45,16 +49,15 @@ class Pass:
     def __init__(
         self,
         request: Request,
-        producer: Producer,
-        shape: kv.CacheShape,
+        opened: Opened,
         new_cache: Callable[[], DynamicCache],
         exact: bool,
     ) -> None:
-        self.request, self.producer, self._exact = request, producer, exact
+        self.request, self._exact, self._new_cache = request, exact, new_cache
+        self.producer, self._shape, self._memory = opened.producer, opened.shape, opened.memory
         self._started = time.perf_counter()
-        self._shape, self._new_cache = shape, new_cache
         self.cache = new_cache()
-        self._rows = [_Row(row, producer.prompt(row.tokens)) for row in request.rows]
+        self._rows = [_Row(row, self.producer.prompt(row.tokens)) for row in request.rows]
         self.info = RequestInfo(prompt_tokens=sum(len(row.tokens) for row in request.rows))
 
     @property
@@ -87,7 +90,7 @@ class Pass:
                 hit.release()
 
     def _fill(self, found: list[Found], columns: int, deadline_ms: int | None) -> None:
-        tensors = kv.LoadTensors(self._shape, len(self._rows), columns)
+        tensors = LoadTensors(self._shape, self._memory, len(self._rows), columns)
         chunk = self.producer.chunk_tokens
         tiers: Counter[Tier] = Counter()
         reached, loaded_bytes, shortfall = columns, 0, ""
@@ -95,7 +98,7 @@ class Pass:
             pad = row.row.pad
             tensors.clear_padding(index, min(pad, columns))
             chunks = -(-max(columns - pad, 0) // chunk)
-            pages = kv.page_ids(chunks, chunk, pad, columns)
+            pages = page_ids(chunks, chunk, pad, columns)
             result = self.producer.load(hit, tensors.pool(index), pages, deadline_ms=deadline_ms)
             row.fidelity = result.fidelity
             reached = min(reached, pad + result.tokens)
@@ -137,7 +140,7 @@ class Pass:
         # After a beam search rows are not in the order of the sequences; the prompts' parts are alike in any order.
         answers = answers and not request.beams
         seen: set[bytes] = set()
-        saved = 0
+        saved: list[SaveTicket] = []
         for index, row in enumerate(self._rows):
             for twin in range(request.expand if answers else 1):
                 at = index * request.expand + twin
@@ -147,18 +150,28 @@ class Pass:
                     answer = sequences[at, request.columns : columns].cpu().numpy()
                     prompt.extend(_without_padding(answer, request.pad_token) if len(sequences) > 1 else answer)
                 saved += self._save_row(prompt, layers, at, row, seen, tickets)
-        self.info = replace(self.info, saved_tokens=saved, save_ms=(time.perf_counter() - started) * 1e3)
+        if saved and not self._memory.has_room(sum(keys.nbytes + values.nbytes for keys, values in layers)):
+            self._wait_copied(saved)
+        tokens = sum(ticket.chunks for ticket in saved) * self.producer.chunk_tokens
+        self.info = replace(self.info, saved_tokens=tokens, save_ms=(time.perf_counter() - started) * 1e3)
+
+    def _wait_copied(self, saved: list[SaveTicket]) -> None:
+        """Hold generate up rather than let the next one of this size run out of memory, which saves still keep."""
+        end_s = time.monotonic() + COPIED_S
+        for ticket in saved:
+            if not ticket.copied.wait(max(end_s - time.monotonic(), 0.0)):
+                self.producer.cancel(ticket)
 
     def _save_row(
         self,
         prompt: Prompt,
-        layers: list[tuple[torch.Tensor, torch.Tensor]],
+        layers: kv.Layers,
         at: int,
         row: _Row,
         seen: set[bytes],
         tickets: deque[SaveTicket],
-    ) -> int:
-        """Save what of a row is neither loaded nor saved by an earlier row; returns how many tokens."""
+    ) -> list[SaveTicket]:
+        """Save what of a row is neither loaded nor saved by an earlier row, in one save or none."""
         chunk = self.producer.chunk_tokens
         first = row.loaded // chunk
         while first < len(prompt.index_keys) and prompt.index_keys[first] in seen:
@@ -167,15 +180,15 @@ class Pass:
         while tickets and tickets[0].copied.is_set():
             tickets.popleft()
         if chunks <= 0 or prompt.root != self.producer.namespace or len(tickets) >= SAVES_IN_FLIGHT:
-            return 0
+            return []
         seen.update(prompt.index_keys[first:])
         start = row.row.pad + first * chunk
-        pool = kv.saved_tensors(layers, at, start, start + chunks * chunk)
-        pages = kv.page_ids(chunks, chunk, 0, chunks * chunk)
+        pool = self._memory.pool(layers, at, start, start + chunks * chunk, writable=False)
+        pages = page_ids(chunks, chunk, 0, chunks * chunk)
         # What was computed on chunks that lost something is no more exact than they are.
         ticket = self.producer.save(prompt, pool, pages, first_chunk=first, fidelity=row.fidelity, exact=self._exact)
         tickets.append(ticket)
-        return chunks * chunk
+        return [ticket]
 
 
 def _without_padding(answer: Any, pad_token: int | None) -> Any:

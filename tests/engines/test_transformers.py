@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.cache_utils import DynamicLayer
 
-from lmpipe.engines import transformers_cache as kv
+from lmpipe.engines import transformers_memory
 from lmpipe.handles import Tier
 from tests.engines.conftest import Attach
 from tests.engines.tiny import CHUNK, build, greedy, prompt_of
@@ -98,14 +99,14 @@ def test_scrambled_kv_is_noticed(attached: Attach, monkeypatch: pytest.MonkeyPat
     attachment = attached(model)
     greedy(model, ids)
     assert attachment.flush(20)
-    into = kv.LoadTensors.into
+    into = transformers_memory.LoadTensors.into
 
     def scrambled(self: Any, cache: Any, columns: int, expand: int) -> None:
         into(self, cache, columns, expand)
         for layer in cache.layers:
             layer.values = layer.values.roll(1, dims=2)
 
-    monkeypatch.setattr(kv.LoadTensors, "into", scrambled)
+    monkeypatch.setattr(transformers_memory.LoadTensors, "into", scrambled)
     assert greedy(model, ids) != right
     assert attachment.last.hit_tokens == 96
 
@@ -125,7 +126,7 @@ def test_loaded_kv_is_bit_for_bit_what_was_computed(attached: Attach) -> None:
 
 def test_layers_grow_into_new_tensors() -> None:
     """What saving rests on: a DynamicLayer never writes into the tensors it has handed out."""
-    layer = kv.DynamicLayer()
+    layer = DynamicLayer()
     part = torch.ones(1, 2, 3, 4)
     first, _ = layer.update(part, part)
     again, _ = layer.update(part * 2, part * 2)

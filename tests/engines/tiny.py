@@ -58,9 +58,11 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 }
 
 
-def build(family: str, seed: int = 0) -> Any:
-    """A model of one of `FAMILIES`, the same for the same seed."""
-    model = hf.AutoModelForCausalLM.from_config(FAMILIES[family]())
+def build(family: str, seed: int = 0, **changes: int) -> Any:
+    """A model of one of `FAMILIES`, the same for the same seed, with changes to its config."""
+    config = FAMILIES[family]()
+    config.update(changes)
+    model = hf.AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in model.parameters():
