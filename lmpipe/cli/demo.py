@@ -14,12 +14,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from lmpipe.cli.nodes import Subparsers, add_verb
+from lmpipe.demo import gpu
 from lmpipe.demo.report import Report
+from lmpipe.demo.scale import Room, Scale, choose
 from lmpipe.demo.story import Story
 from lmpipe.errors import LmpipeError
 
 EXAMPLES = """
-lmpipe demo                     the whole of it, under four minutes on two cores
+lmpipe demo                     the whole of it; without a GPU under four minutes on two cores
+lmpipe demo --device cuda       a model of billions of weights on the GPU, or the reason why not
 lmpipe demo --quick             a smaller model and workload, about a minute
 lmpipe demo --json > demo.json  the table as JSON; progress goes to stderr
 lmpipe demo --keep              leave tiers and logs for a look
@@ -34,6 +37,12 @@ def add(verbs: Subparsers) -> None:
     parser.add_argument("--json", action="store_true", help="print the table as JSON")
     parser.add_argument("--out", type=Path, default=Path("out/demo"), metavar="DIR", help="for demo.json and demo.png")
     parser.add_argument("--keep", action="store_true", help="keep the temporary directory with tiers and logs")
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="what computes; cuda: the GPU that torch sees, NVIDIA's or AMD's (default: that, where it has room)",
+    )
     parser.add_argument("--quick", action="store_true", help="a smaller model and workload")
     parser.set_defaults(run=run)
 
@@ -47,7 +56,8 @@ def run(args: argparse.Namespace) -> int:
     work = Path(tempfile.mkdtemp(prefix="lmpipe-demo-"))
     keep = True
     try:
-        report = _run(console, work, quick=args.quick)
+        scale = choose(args.device, lambda: _room(console, work), quick=args.quick)
+        report = _run(console, work, scale)
         keep = args.keep or bool(report.problems)
     finally:
         if keep:
@@ -66,7 +76,17 @@ def run(args: argparse.Namespace) -> int:
     return 1 if report.problems else 0
 
 
-def _run(console: Console, work: Path, *, quick: bool) -> Report:
+def _room(console: Console, work: Path) -> Room | None:
+    """What is free, if there is a GPU."""
+    found = gpu.ask()
+    if found is None:
+        return None
+    room = Room(found.free_bytes, shutil.disk_usage("/dev/shm").free, shutil.disk_usage(work).free)
+    console.print(f"{found.name}: {room} are free")
+    return room
+
+
+def _run(console: Console, work: Path, scale: Scale) -> Report:
     """A bar on a terminal, lines elsewhere."""
     columns = (
         SpinnerColumn(),
@@ -75,6 +95,8 @@ def _run(console: Console, work: Path, *, quick: bool) -> Report:
         TimeElapsedColumn(),
         TextColumn("{task.description}"),
     )
+    model = scale.model
+    console.print(f"{model.weights / 1e9:.2f} billion random weights in {model.dtype} on {scale.device}")
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("starting")
 
@@ -84,7 +106,7 @@ def _run(console: Console, work: Path, *, quick: bool) -> Report:
             if not (is_request and console.is_terminal):
                 progress.console.print(words)
 
-        story = Story(work, quick=quick, say=say)
+        story = Story(work, scale, say=say)
         progress.update(task, total=story.steps)
         report = story.run()
         progress.update(task, description="done")
@@ -95,6 +117,7 @@ def _conclude(console: Console, report: Report) -> None:
     for problem in report.problems:
         console.print(f"[bold red]wrong:[/] {problem}")
     if not report.problems:
+        ties = f" but for what follows {report.ties} ties of rounding" if report.ties else ""
         console.print(
-            f"every token equals the run without a cache; scrambled KV does not. {report.seconds:.0f} s in all.",
+            f"every token equals the run without a cache{ties}; scrambled KV does not. {report.seconds:.0f} s in all.",
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from lmpipe.demo.asked_process import AskedProcess, EngineFailed
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One generated answer. `margin`: the least distance of the best two logits of any step."""
+    """One generated answer. `margin`: the least distance of the best two logits of any step; `lag`: how far the first
+    token that was not the expected one was ahead of that, None without one.
+    """
 
     tokens: list[int]
     margin: float
@@ -23,6 +26,7 @@ class Answer:
     hit_by_tier: dict[str, int]
     loaded_bytes: int
     reason: str
+    lag: float | None = None
 
 
 class EngineProcess(AskedProcess):
@@ -31,8 +35,9 @@ class EngineProcess(AskedProcess):
     Torch's idle threads sleep instead of spinning: lmpipe's processes work on the same two cores.
     """
 
-    def __init__(self, size: str, log: Path) -> None:
-        argv = [sys.executable, "-P", "-m", "lmpipe.demo.engine", size]
+    def __init__(self, scale: str, log: Path) -> None:
+        """`scale`: its name (demo/scale.py)."""
+        argv = [sys.executable, "-P", "-m", "lmpipe.demo.engine", scale]
         super().__init__(argv, log, {"OMP_WAIT_POLICY": "PASSIVE", **os.environ})
 
     def wait_started(self, timeout_s: float = 120.0) -> int:
@@ -52,9 +57,12 @@ class EngineProcess(AskedProcess):
         if not self.ask({"op": "wait_lost", "timeout_s": timeout_s}, timeout_s + 30)["lost"]:
             raise EngineFailed(f"the engine did not notice within {timeout_s:.0f} s that lmpipe was killed")
 
-    def generate(self, tokens: list[int], new_tokens: int, timeout_s: float = 300.0) -> Answer:
-        """Greedy generation of exactly `new_tokens`."""
-        got = self.ask({"op": "generate", "tokens": tokens, "new_tokens": new_tokens}, timeout_s)
+    def generate(
+        self, tokens: list[int], new_tokens: int, expected: Sequence[int] = (), timeout_s: float = 300.0
+    ) -> Answer:
+        """Greedy generation of exactly `new_tokens`. `expected`: that it is compared with."""
+        ask = {"op": "generate", "tokens": tokens, "new_tokens": new_tokens, "expected": list(expected)}
+        got = self.ask(ask, timeout_s)
         info: dict[str, Any] = got["info"] or {}
         return Answer(
             got["tokens"],
@@ -65,6 +73,7 @@ class EngineProcess(AskedProcess):
             info.get("hit_by_tier", {}),
             info.get("loaded_bytes", 0),
             info.get("reason", ""),
+            got["lag"],
         )
 
     def flush(self, prompts: list[list[int]], tiers: list[str], timeout_s: float = 60.0) -> None:
@@ -76,9 +85,9 @@ class EngineProcess(AskedProcess):
                 f"saves did not reach {', '.join(tiers) or 'DRAM'} within {timeout_s:.0f} s: {got.get('stats')}"
             )
 
-    def control(self, tokens: list[int], new_tokens: int) -> tuple[list[int], list[int]]:
-        """Tokens generated on loaded KV, and on the same KV scrambled."""
-        got = self.ask({"op": "control", "tokens": tokens, "new_tokens": new_tokens}, 300.0)
+    def control(self, tokens: list[int], expected: list[int]) -> tuple[float | None, float | None]:
+        """The largest `lag` within an answer on loaded KV, and on the same KV scrambled."""
+        got = self.ask({"op": "control", "tokens": tokens, "expected": expected}, 300.0)
         return got["straight"], got["scrambled"]
 
     def _ready(self, answer: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The demo's engine process: `python -m lmpipe.demo.engine SIZE`, driven by JSON lines on stdin, answered on stdout.
+"""The demo's engine process: `python -m lmpipe.demo.engine SCALE`, driven by JSON lines on stdin, answered on stdout.
 
 An ordinary program around `model.generate`: the one line that concerns lmpipe is `attach`. Everything that prints
 goes to stderr.
@@ -19,12 +19,11 @@ from transformers.cache_utils import DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
 from lmpipe.demo import model as demo_model
+from lmpipe.demo.scale import SCALES
 from lmpipe.engines import Attachment, attach
 from lmpipe.engines.transformers_cache import probe
 from lmpipe.engines.transformers_memory import HostMemory, LoadTensors, page_ids
 from lmpipe.handles import Tier
-
-SIZES = {"full": demo_model.FULL, "quick": demo_model.QUICK}
 
 
 class FirstToken(BaseStreamer):
@@ -47,15 +46,15 @@ class FirstToken(BaseStreamer):
 class Engine:
     """A model, and lmpipe when it was asked for."""
 
-    def __init__(self, size: str) -> None:
-        self._model: LlamaForCausalLM = demo_model.build(SIZES[size])
+    def __init__(self, scale: str) -> None:
+        self._model: LlamaForCausalLM = demo_model.build(SCALES[scale].model, SCALES[scale].device)
         self._attached: Attachment | None = None
 
     def answer(self, question: dict[str, Any]) -> dict[str, Any]:
         """One request of the driver."""
         match question["op"]:
             case "generate":
-                return self._generate(question["tokens"], question["new_tokens"])
+                return self._generate(question["tokens"], question["new_tokens"], question["expected"])
             case "attach":
                 self._attached = attach(self._model, question["run_dir"])
                 return self._wait_ready(question["timeout_s"])
@@ -66,7 +65,7 @@ class Engine:
             case "flush":
                 return self._flush(question["prompts"], question["tiers"], question["timeout_s"])
             case "control":
-                return self._control(question["tokens"], question["new_tokens"])
+                return self._control(question["tokens"], question["expected"])
             case unknown:
                 raise ValueError(f"unknown op {unknown!r}")
 
@@ -75,7 +74,7 @@ class Engine:
         if self._attached is not None:
             self._attached.detach()
 
-    def _generate(self, tokens: list[int], new_tokens: int) -> dict[str, Any]:
+    def _generate(self, tokens: list[int], new_tokens: int, expected: list[int]) -> dict[str, Any]:
         clock = FirstToken()
         started = time.perf_counter()
         output = self._run(tokens, new_tokens, clock, None)
@@ -83,13 +82,14 @@ class Engine:
         return {
             "tokens": output.sequences[0, len(tokens) :].tolist(),
             "margin": _margin(output.logits),
+            "lag": _lag(output.logits, expected),
             "ttft_ms": (clock.at_s - started) * 1e3,
             "total_ms": (time.perf_counter() - started) * 1e3,
             "info": asdict(info) if info is not None else None,
         }
 
     def _run(self, tokens: list[int], new_tokens: int, clock: FirstToken | None, cache: DynamicCache | None) -> Any:
-        ids = torch.tensor([tokens])
+        ids = torch.tensor([tokens], device=self._model.device)
         return cast(Any, self._model).generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -131,12 +131,12 @@ class Engine:
         )
         return {"done": done, "stats": producer.stats()}
 
-    def _control(self, tokens: list[int], new_tokens: int) -> dict[str, Any]:
-        """Generate twice on KV loaded by hand: as it is (which must be right), and scrambled (which must not)."""
+    def _control(self, tokens: list[int], expected: list[int]) -> dict[str, Any]:
+        """An answer's logits on KV loaded by hand: as it is (which must be right), and scrambled (which must not)."""
         producer = self._attached.producer if self._attached is not None else None
         assert producer is not None
         shape = probe(self._model)
-        answers: dict[str, Any] = {}
+        lags: dict[str, float | None] = {}
         for scrambled in (False, True):
             cache = DynamicCache(config=self._model.config)
             found = producer.lookup(producer.prompt(tokens))
@@ -148,14 +148,30 @@ class Engine:
             tensors.into(cache, columns, 1)
             if scrambled:
                 _scramble(cache)
-            output = self._run(tokens, new_tokens, None, cache)
-            answers["scrambled" if scrambled else "straight"] = output.sequences[0, len(tokens) :].tolist()
-        return {**answers, "loaded_tokens": columns}
+            lags["scrambled" if scrambled else "straight"] = self._largest_lag(cache, tokens[columns:], expected)
+        return {**lags, "loaded_tokens": columns}
+
+    @torch.no_grad()
+    def _largest_lag(self, cache: DynamicCache, rest: list[int], expected: list[int]) -> float | None:
+        """How far any other token is ahead of the expected one, which all follow; None: each is the best."""
+        ids = torch.tensor([rest + expected], device=self._model.device)
+        logits = self._model(ids, past_key_values=cache).logits[0, len(rest) - 1 : -1].float()
+        lags = logits.max(dim=1).values - logits.gather(1, ids[0, len(rest) :, None])[:, 0]
+        return float(lags.max()) or None
 
 
 def _margin(logits: tuple[torch.Tensor, ...]) -> float:
     """The least distance between the best two logits of any step: how far rounding was from changing a token."""
     return min(float(torch.diff(step[0].topk(2).values.flip(0))) for step in logits)
+
+
+def _lag(logits: tuple[torch.Tensor, ...], expected: list[int]) -> float | None:
+    """How far the first token that is not the expected one was ahead of that; None: there is none."""
+    for step, token in zip(logits, expected, strict=False):
+        best = int(step[0].argmax())
+        if best != token:
+            return float(step[0, best] - step[0, token])
+    return None
 
 
 def _scramble(cache: DynamicCache) -> None:
@@ -165,9 +181,9 @@ def _scramble(cache: DynamicCache) -> None:
         layer.values = layer.values.roll(1, dims=2)
 
 
-def serve(size: str, stdin: BinaryIO, stdout: BinaryIO) -> None:
+def serve(scale: str, stdin: BinaryIO, stdout: BinaryIO) -> None:
     """Answer until stdin ends."""
-    engine = Engine(size)
+    engine = Engine(scale)
     try:
         stdout.write(orjson.dumps({"ready": True, "threads": torch.get_num_threads()}) + b"\n")
         for line in stdin:

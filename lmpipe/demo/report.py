@@ -24,11 +24,18 @@ class Sample:
     prompt_tokens: int
     cold: Answer
     warm: Answer
+    tie: float = 0.0
+    """Of the scale: below it rounding decides."""
 
     @property
     def equal(self) -> bool:
         """Whether every token is the same."""
         return self.cold.tokens == self.warm.tokens
+
+    @property
+    def tied(self) -> bool:
+        """Whether the first token that is not the same was as good as even with the other."""
+        return not self.equal and self.warm.lag is not None and self.warm.lag < self.tie
 
 
 @dataclass(slots=True)
@@ -55,8 +62,13 @@ class Row:
 
     @property
     def tokens_equal(self) -> bool:
-        """Whether no token differs from the run without a cache."""
-        return all(sample.equal for sample in self.samples)
+        """Whether no token differs from the run without a cache, but for ties."""
+        return all(sample.equal or sample.tied for sample in self.samples)
+
+    @property
+    def ties(self) -> int:
+        """Requests in which rounding decided otherwise."""
+        return sum(sample.tied for sample in self.samples)
 
     @property
     def served_as_expected(self) -> bool:
@@ -79,6 +91,7 @@ class Row:
             "ttft_warm_ms": round(warm, 3),
             "speed_up": round(cold / warm, 3),
             "tokens_equal": self.tokens_equal,
+            "ties": self.ties,
             "smallest_margin": min(sample.cold.margin for sample in self.samples),
             "requests_detail": [_detail(sample) for sample in self.samples],
         }
@@ -91,6 +104,7 @@ def _detail(sample: Sample) -> dict[str, Any]:
         "prompt_tokens": sample.prompt_tokens,
         "ttft_cold_ms": sample.cold.ttft_ms,
         "tokens_equal": sample.equal,
+        "lag": sample.warm.lag,
         **{name: warm[name] for name in ("hit_tokens", "hit_by_tier", "loaded_bytes", "reason")},
         "ttft_warm_ms": sample.warm.ttft_ms,
     }
@@ -105,6 +119,11 @@ class Report:
     straight_control_equal: bool = False
     machine: dict[str, Any] = field(default_factory=dict[str, Any])
     seconds: float = 0.0
+
+    @property
+    def ties(self) -> int:
+        """Requests in which rounding decided otherwise."""
+        return sum(row.ties for row in self.rows)
 
     @property
     def problems(self) -> list[str]:
@@ -149,7 +168,7 @@ class Report:
                 f"{figures['ttft_cold_ms']:,.0f}",
                 f"{figures['ttft_warm_ms']:,.0f}",
                 f"{figures['speed_up']:.1f}x",
-                "equal" if row.tokens_equal else "[red]DIFFER[/]",
+                "[red]DIFFER[/]" if not row.tokens_equal else f"{row.ties} ties" if row.ties else "equal",
             )
         return table
 

@@ -42,9 +42,27 @@ class WorkloadSize:
     answer_tokens: int
     turn_answer_tokens: int
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest request with its answer, at most."""
+        turns = self.conversation_tokens + self.turns * (SAID_TOKENS + self.turn_answer_tokens)
+        return max(self.document_tokens + SAID_TOKENS + self.answer_tokens, turns)
 
+    @property
+    def tokens(self) -> int:
+        """Of which there is KV in the end, at most."""
+        asked = self.questions * (SAID_TOKENS + self.answer_tokens)
+        turns = self.conversation_tokens + self.turns * (SAID_TOKENS + self.turn_answer_tokens)
+        return self.documents * (self.document_tokens + asked) + turns
+
+
+SAID_TOKENS = 256
+"""A question or a turn, with the words around it, is shorter."""
 FULL = WorkloadSize(2, 3, 4096, 3, 2560, 16, 64)
 QUICK = WorkloadSize(2, 2, 1024, 2, 768, 8, 32)
+LONG = WorkloadSize(2, 3, 16384, 3, 8192, 16, 64)
+MIDDLE = WorkloadSize(2, 2, 4096, 2, 2560, 8, 32)
+"""Of a GPU, which takes no longer for them."""
 
 
 @dataclass(frozen=True, slots=True)
