@@ -20,6 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from lmpipe.demo import model as demo_model
 from lmpipe.demo.scale import SCALES
+from lmpipe.demo.tokens import END
 from lmpipe.engines import Attachment, attach
 from lmpipe.engines.transformers_cache import probe
 from lmpipe.engines.transformers_memory import HostMemory, LoadTensors, page_ids
@@ -79,10 +80,11 @@ class Engine:
         started = time.perf_counter()
         output = self._run(tokens, new_tokens, clock, None)
         info = self._attached.last if self._attached is not None else None
+        answer = output.sequences[0, len(tokens) :].tolist()
         return {
-            "tokens": output.sequences[0, len(tokens) :].tolist(),
+            "tokens": answer,
             "margin": _margin(output.logits),
-            "lag": _lag(output.logits, expected),
+            "lag": _lag(output.logits, answer, expected),
             "ttft_ms": (clock.at_s - started) * 1e3,
             "total_ms": (time.perf_counter() - started) * 1e3,
             "info": asdict(info) if info is not None else None,
@@ -156,6 +158,7 @@ class Engine:
         """How far any other token is ahead of the expected one, which all follow; None: each is the best."""
         ids = torch.tensor([rest + expected], device=self._model.device)
         logits = self._model(ids, past_key_values=cache).logits[0, len(rest) - 1 : -1].float()
+        logits[:, END] = -torch.inf  # no answer ends early
         lags = logits.max(dim=1).values - logits.gather(1, ids[0, len(rest) :, None])[:, 0]
         return float(lags.max()) or None
 
@@ -165,12 +168,11 @@ def _margin(logits: tuple[torch.Tensor, ...]) -> float:
     return min(float(torch.diff(step[0].topk(2).values.flip(0))) for step in logits)
 
 
-def _lag(logits: tuple[torch.Tensor, ...], expected: list[int]) -> float | None:
+def _lag(logits: tuple[torch.Tensor, ...], answer: list[int], expected: list[int]) -> float | None:
     """How far the first token that is not the expected one was ahead of that; None: there is none."""
-    for step, token in zip(logits, expected, strict=False):
-        best = int(step[0].argmax())
-        if best != token:
-            return float(step[0, best] - step[0, token])
+    for step, token, wanted in zip(logits, answer, expected, strict=False):
+        if token != wanted:
+            return float(step[0, token] - step[0, wanted])
     return None
 
 

@@ -96,9 +96,9 @@ class Scale:
 
     @property
     def needs(self) -> Room:
-        """On a GPU's machine, for one engine and the node."""
+        """On a GPU's machine, for one engine and the node. An engine may still map the arena of a node that was killed."""
         device = self.model.device_bytes(self.workload.longest)
-        return Room(device, self.tier_bytes + 3 * RING_BYTES + GIB, 2 * self.tier_bytes)
+        return Room(device, 2 * self.tier_bytes + 3 * RING_BYTES + GIB, 2 * self.tier_bytes)
 
 
 ON_CPU = (Scale("full", ModelSize(512, 8, 8, 2, 1408), FULL), Scale("quick", ModelSize(256, 4, 8, 2, 704), QUICK))
