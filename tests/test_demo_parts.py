@@ -210,7 +210,8 @@ def test_an_engine_process(tmp_path: Path) -> None:
     ids = torch.tensor([prompt])
     right = model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False)[0, len(prompt) :].tolist()
     with EngineProcess("quick", tmp_path / "engine.log") as engine:
-        assert engine.wait_started() > 0
+        started = engine.wait_started()
+        assert started["threads"] > 0 and started["device"] == "cpu"
         got = engine.generate(prompt, 6, right)
         assert got.tokens == right and got.lag is None
         wrong = [*right[:5], right[5] + 1]

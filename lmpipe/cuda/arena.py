@@ -52,8 +52,9 @@ class PinnedArena:
         return start // self._piece_bytes == (start + len(slot) - 1) // self._piece_bytes
 
     def close(self) -> None:
-        """Unpin. No copy is under way or comes."""
+        """Unpin, when nobody copies any more. No use comes after it."""
         with self._changed:
+            self._changed.wait_for(lambda: not self._users)
             self._pin(None)
 
     def _pin(self, region: native.Region | None) -> None:

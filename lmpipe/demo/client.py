@@ -40,9 +40,9 @@ class EngineProcess(AskedProcess):
         argv = [sys.executable, "-P", "-m", "lmpipe.demo.engine", scale]
         super().__init__(argv, log, {"OMP_WAIT_POLICY": "PASSIVE", **os.environ})
 
-    def wait_started(self, timeout_s: float = 120.0) -> int:
-        """Wait for the model to be built. Returns the engine's compute threads."""
-        return int(self.answer(timeout_s)["threads"])
+    def wait_started(self, timeout_s: float = 120.0) -> dict[str, Any]:
+        """Wait for the model to be built. Returns what computes: `device`, by name, and `threads`."""
+        return self.answer(timeout_s)
 
     def attach(self, run_dir: Path, timeout_s: float = 30.0) -> None:
         """Switch lmpipe on and wait until registered."""

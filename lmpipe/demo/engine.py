@@ -51,6 +51,12 @@ class Engine:
         self._model: LlamaForCausalLM = demo_model.build(SCALES[scale].model, SCALES[scale].device)
         self._attached: Attachment | None = None
 
+    @property
+    def device(self) -> str:
+        """What computes, as its driver calls it."""
+        device = self._model.device
+        return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
     def answer(self, question: dict[str, Any]) -> dict[str, Any]:
         """One request of the driver."""
         match question["op"]:
@@ -187,7 +193,7 @@ def serve(scale: str, stdin: BinaryIO, stdout: BinaryIO) -> None:
     """Answer until stdin ends."""
     engine = Engine(scale)
     try:
-        stdout.write(orjson.dumps({"ready": True, "threads": torch.get_num_threads()}) + b"\n")
+        stdout.write(orjson.dumps({"threads": torch.get_num_threads(), "device": engine.device}) + b"\n")
         for line in stdin:
             stdout.write(orjson.dumps(engine.answer(orjson.loads(line)), option=orjson.OPT_NON_STR_KEYS) + b"\n")
     finally:

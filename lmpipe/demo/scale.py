@@ -96,7 +96,7 @@ class Scale:
 
     @property
     def needs(self) -> Room:
-        """On a GPU's machine, for one engine and the node. An engine may still map the arena of a node that was killed."""
+        """On a GPU's machine. The arena twice: an engine goes on mapping that of a node that was killed."""
         device = self.model.device_bytes(self.workload.longest)
         return Room(device, 2 * self.tier_bytes + 3 * RING_BYTES + GIB, 2 * self.tier_bytes)
 

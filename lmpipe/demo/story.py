@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from lmpipe.demo import workload as wl
 from lmpipe.demo.client import Answer, EngineProcess
@@ -76,12 +77,11 @@ class Story:
     def _engine(self) -> EngineProcess:
         return EngineProcess(self._scale.name, self._work / "engine.log")
 
-    def _machine(self, threads: int) -> None:
+    def _machine(self, computes: dict[str, Any]) -> None:
         self.report.machine = {
             "processor": platform.processor() or platform.machine(),
             "cores": len(os.sched_getaffinity(0)),
-            "threads": threads,
-            "device": self._scale.device,
+            **computes,
             "weights": self._scale.model.weights,
             "dtype": self._scale.model.dtype,
             **{name: version(name) for name in ("torch", "transformers", "lmpipe")},

@@ -22,7 +22,7 @@ from lmpipe.cuda.engine import EnginePages
 from lmpipe.cuda.pages import DevicePages
 from lmpipe.cuda.pool import DevicePool
 from lmpipe.cuda.transfers import Transfers
-from lmpipe.handles import Tier
+from lmpipe.handles import Codec, Tier
 from lmpipe.testing import Node
 
 CHUNKS, PAGES = 3, 64
@@ -119,6 +119,22 @@ def test_encoded_chunks_are_decoded_on_the_way(
     )
     until(lambda: counters(node)["gather_dram_encoded_chunks"] >= CHUNKS, "they are encoded")
     assert engine.load(prompt).chunks == CHUNKS
+
+
+def test_chunks_that_do_not_fit_the_staging_buffers_are_decoded_on_the_host(
+    engine: DeviceEngine, node: Node, device: torch.device
+) -> None:
+    prompt = engine.prompt(8, CHUNKS)
+    assert engine.save(prompt).wait(0)
+    before = counters(node)["gather_dram_encoded_chunks"]
+    assert main(["compress", str(node.run_dir), "--codec=split", f"--namespace={engine.producer.namespace.hex()}"]) == 0
+    until(lambda: counters(node)["gather_dram_encoded_chunks"] - before >= CHUNKS, "they are encoded")
+    small = Transfers(device, piece_bytes=4 * LAYOUT.page_bytes, staging_bytes=4 * LAYOUT.page_bytes)
+    pool = DevicePool(engine.device_pool.pages, small)
+    assert not pool.can_decode(Codec.SPLIT, 4 * LAYOUT.page_bytes + 1)
+    engine.memory.pool = EnginePages(pool)
+    assert engine.load(prompt).chunks == CHUNKS
+    small.close()
 
 
 def test_pages_of_another_size_are_refused(engine: DeviceEngine) -> None:

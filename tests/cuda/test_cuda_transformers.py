@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import ast
 import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -25,6 +27,7 @@ from lmpipe.engines.transformers_cache import CacheShape
 from lmpipe.engines.transformers_device import DeviceMemory
 from lmpipe.engines.transformers_memory import LoadTensors, page_ids
 from lmpipe.engines.transformers_producers import KERNEL_DEVICES, _device_of
+from lmpipe.errors import DeviceError
 from lmpipe.handles import Fidelity, Tier
 from lmpipe.testing import Node
 from tests.engines.tiny import CHUNK, PAD, build, greedy, prompt_of
@@ -215,7 +218,9 @@ def test_load_tensors_lie_on_the_device(model: Any, attached: TransformersAttach
     assert isinstance(tensors.pool(0), EnginePages) and tensors._layers[0][0].device == opened.shape.devices[0]
 
 
-def test_a_model_on_several_devices_goes_through_the_host(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_kernels_cannot_do_goes_through_the_host(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def said(*devices: str) -> str:
         caplog.clear()
         with caplog.at_level(logging.WARNING):
@@ -227,6 +232,17 @@ def test_a_model_on_several_devices_goes_through_the_host(caplog: pytest.LogCapt
     assert not said("cpu", "cpu")
     assert "the KV on cuda:0, cuda:1 goes through memory of the host: the layers" in said("cuda:0", "cuda:1")
     assert "the KV on mps goes through memory of the host: there are no kernels" in said("mps")
+    monkeypatch.setitem(sys.modules, "lmpipe.cuda.cupy_runtime", None)
+    assert "pip install 'lmpipe[gpu]'" in said("cuda:0", "cuda:0")
+    lost = ModuleType("cupy_runtime")
+    vars(lost)["open_device"] = refused
+    monkeypatch.setitem(sys.modules, "lmpipe.cuda.cupy_runtime", lost)
+    assert "goes through memory of the host: no driver" in said("cuda:0")
+
+
+def refused(name: str) -> None:
+    """A driver that does not answer."""
+    raise DeviceError("no driver")
 
 
 def test_only_a_model_on_a_gpu_loads_anything_of_cuda() -> None:
