@@ -53,10 +53,10 @@ def run(args: argparse.Namespace) -> int:
         raise LmpipeError(f"the demo needs {' and '.join(missing)}: pip install 'lmpipe[demo]'")
     as_json: bool = args.json
     console = Console(stderr=as_json, soft_wrap=True, highlight=False)
+    scale = choose(args.device, lambda: _room(console), quick=args.quick)
     work = Path(tempfile.mkdtemp(prefix="lmpipe-demo-"))
     keep = True
     try:
-        scale = choose(args.device, lambda: _room(console, work), quick=args.quick)
         report = _run(console, work, scale)
         keep = args.keep or bool(report.problems)
     finally:
@@ -76,12 +76,13 @@ def run(args: argparse.Namespace) -> int:
     return 1 if report.problems else 0
 
 
-def _room(console: Console, work: Path) -> Room | None:
+def _room(console: Console) -> Room | None:
     """What is free, if there is a GPU."""
     found = gpu.ask()
     if found is None:
         return None
-    room = Room(found.free_bytes, shutil.disk_usage("/dev/shm").free, shutil.disk_usage(work).free)
+    shared, disk = (shutil.disk_usage(place).free for place in ("/dev/shm", tempfile.gettempdir()))
+    room = Room(found.free_bytes, shared, disk)
     console.print(f"{found.name}: {room} are free")
     return room
 
