@@ -19,6 +19,7 @@ import os
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -35,14 +36,15 @@ from lmpipe.layout import CHUNK_TOKENS, KVLayout
 from lmpipe.producer.accounts import Accounts, Event
 from lmpipe.producer.admission import Admission
 from lmpipe.producer.attachment import TIERS, Attachment, Found, Wanted
+from lmpipe.producer.layers import LayerLoad, LoadResult
 from lmpipe.producer.link import LeasePool, Link, slots_of
-from lmpipe.producer.loading import Loader, LoadResult
+from lmpipe.producer.loading import Loader
 from lmpipe.producer.pools import Pool
 from lmpipe.producer.saving import PageIds, Saver, SaveTicket, chunk_records
 from lmpipe.producer.wanted import ANY_FIDELITY
 from lmpipe.wire import VERSION
 
-__all__ = ["Found", "LoadResult", "MappedPages", "Producer", "SaveTicket"]
+__all__ = ["Found", "LayerLoad", "LoadResult", "MappedPages", "Producer", "SaveTicket"]
 
 log = logging.getLogger("lmpipe.producer")
 
@@ -247,12 +249,22 @@ class Producer:
         finally:
             attachment.leave()
 
-    def load(self, found: Found, pool: Pool, page_ids: PageIds, *, deadline_ms: float | None = None) -> LoadResult:
+    def load(
+        self,
+        found: Found,
+        pool: Pool,
+        page_ids: PageIds,
+        *,
+        deadline_ms: float | None = None,
+        after: object = None,
+    ) -> LoadResult:
         """Copy found chunks into the engine's pages and release the holds.
 
         Args:
             page_ids: int32 (chunks, pages of a chunk); -1 skips a page that the engine has already.
             deadline_ms: how long to wait for what lies below DRAM; None: the topology's setting.
+            after: of pages on a device, what `pool.mark()` gave on the thread whose stream used them last; None: this
+                thread's stream did.
 
         Returns:
             How many tokens, from the start of the prompt and without a gap, are now in the pages. Never raises for
@@ -265,13 +277,45 @@ class Producer:
         if deadline_ms is None:
             deadline_ms = attachment.info.topology.engines.load_deadline_ms if attachment is not None else 0
         deadline_ns = time.monotonic_ns() + int(deadline_ms * 1e6)
+        self._check_load(found, pool, page_ids)
+        records = found.records[: len(page_ids)]
+        result = self._loader.load(next(self._ids), found, pool, page_ids, deadline_ns, after)
+        self._loaded(records, result)
+        return result
+
+    def load_layers(
+        self,
+        found: Found,
+        pool: Pool,
+        page_ids: PageIds,
+        *,
+        deadline_ms: float | None = None,
+        after: object = None,
+    ) -> LayerLoad:
+        """Begin to copy found chunks into pages on a device, first layer first, and return: `wait_layer` has the
+        engine's stream wait for a layer, `result` ends the load and releases the holds. Arguments are those of `load`.
+
+        What does not lie in DRAM altogether, or goes into pages of the host, is loaded before this returns.
+
+        Raises:
+            ValueError: as `load`.
+        """
+        self._check_load(found, pool, page_ids)
+        told = partial(self._loaded, found.records[: len(page_ids)])
+        begun = self._loader.load_layers(found, pool, page_ids, after, told)
+        if begun is not None:
+            return begun
+        return LayerLoad.over(self.load(found, pool, page_ids, deadline_ms=deadline_ms, after=after))
+
+    def _check_load(self, found: Found, pool: Pool, page_ids: PageIds) -> None:
         try:
             self._check(pool, page_ids, found.chunk_tokens, -1)
         except ValueError:
             found.release()
             raise
-        records = found.records[: len(page_ids)]
-        result = self._loader.load(next(self._ids), found, pool, page_ids, deadline_ns)
+
+    def _loaded(self, records: ChunkRecords, result: LoadResult) -> None:
+        """Book a load of these chunks."""
         self.admission.observe_load(result)
         self._accounts.count(loads=1, loaded_tokens=result.tokens, loaded_bytes=result.nbytes)
         for tier, chunks in result.by_tier.items():
@@ -282,7 +326,6 @@ class Producer:
         if result.chunks < len(records):
             self._accounts.count(load_failed_chunks=len(records) - result.chunks)
             self._accounts.emit("failed", records[result.chunks :])
-        return result
 
     def save(
         self,
@@ -413,6 +456,7 @@ class Producer:
         if self._closed:
             return
         self._closed = True
+        self._loader.close()
         self.flush(timeout_s=CLOSE_S)
         self._saver.close()
         self._link.close(None)

@@ -12,7 +12,7 @@ import numpy as np
 
 from lmpipe.handles import Tier
 from lmpipe.producer.attachment import TIERS, Found
-from lmpipe.producer.loading import LoadResult
+from lmpipe.producer.layers import LoadResult
 from lmpipe.topology import Admission as AdmissionConfig
 
 SMOOTHING = 0.3

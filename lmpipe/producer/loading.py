@@ -2,13 +2,16 @@
 as it arrives.
 
 Encoded slots are decoded on the way (decoding.py). No worker ever writes engine memory, so a late or stopped one cannot
-hurt. The deadline ends the wait, and so does the death of gather; what has not come is recomputed.
+hurt. The deadline ends the wait, and so does the death of gather; what has not come is recomputed. What lies in DRAM
+altogether can be loaded into pages on a device layer by layer, while the engine computes (layers.py).
 """
 
 from __future__ import annotations
 
 import queue
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,8 +19,10 @@ import numpy.typing as npt
 
 from lmpipe import failpoints
 from lmpipe import messages as m
-from lmpipe.handles import CHUNK, ChunkRecords, Codec, Tier
+from lmpipe import native
+from lmpipe.handles import CHUNK, ChunkRecords, Codec
 from lmpipe.producer.attachment import LOOKS, TIERS, Attachment, Found, slots_of
+from lmpipe.producer.layers import LayerLoad, LoadResult
 from lmpipe.producer.link import Answer, Link
 from lmpipe.producer.pools import Copies, Pool, mark
 from lmpipe.producer.saving import PageIds
@@ -25,23 +30,6 @@ from lmpipe.shm.table import SlotTable
 
 LOOK_S = 0.02
 """How often a load that waits looks whether gather lives."""
-
-
-@dataclass(frozen=True, slots=True)
-class LoadResult:
-    """What a load brought: an unbroken run of `tokens` from the start of the prompt; pages after it hold nothing of
-    meaning.
-    """
-
-    tokens: int
-    chunks: int
-    nbytes: int
-    by_tier: dict[Tier, int]
-    reason: str
-    """Why it is less than was found; empty when it is not."""
-    seconds: float
-    fidelity: int = 0
-    """Of the least exact chunk of them (`handles.Fidelity`); what is computed on them is no more exact."""
 
 
 @dataclass(slots=True)
@@ -63,8 +51,60 @@ class Loader:
     def __init__(self, link: Link, copy_threads: int) -> None:
         self._link = link
         self._copies = Copies(copy_threads)
+        self._under_way: set[LayerLoad] = set()
 
-    def load(self, load_id: int, found: Found, pool: Pool, page_ids: PageIds, deadline_ns: int) -> LoadResult:
+    def load_layers(
+        self, found: Found, pool: Pool, page_ids: PageIds, after: object, told: Callable[[LoadResult], None]
+    ) -> LayerLoad | None:
+        """Begin to copy what was found into pages on a device; see `Producer.load_layers`. `told`: of the result.
+
+        None: not all of it lies in DRAM, or the pages are on no device; nothing was done.
+        """
+        attachment, holds, count = found.attachment, found.holds, min(found.chunks, len(page_ids))
+        below = found.tiers[:count].any()
+        if isinstance(pool, native.PagePool) or not count or below or holds is None or attachment is None:
+            return None
+        if not attachment.enter():
+            return None
+        with ExitStack() as needed:
+            needed.callback(attachment.leave)
+            needed.callback(found.release)
+            records = found.records[:count]
+            there = np.flatnonzero(_are_in(attachment.arena, records))
+            after = mark(pool) if after is None else after
+            copies = self._copies.load_layers(pool, page_ids[there], attachment.arena, records[there], after)
+            until_then = needed.pop_all()
+
+        def end() -> LoadResult:
+            try:
+                with until_then:
+                    damaged = copies.finish()
+                    failed = set(damaged.values())
+                    done = np.zeros(count, np.bool_)
+                    done[np.delete(there, list(damaged))] = True
+                    if len(there) < count:
+                        failed.add("another chunk is there")
+                    if holds.lost:
+                        done[:] = False
+                        failed.add("hold lost")
+                    result = _result(found, done, found.records["fidelity"][:count], failed, 0.0)
+            finally:
+                self._under_way.discard(load)
+            told(result)
+            return result
+
+        load = LayerLoad(copies, end)
+        self._under_way.add(load)
+        return load
+
+    def close(self) -> None:
+        """Wait for loads whose result nobody has taken."""
+        for load in list(self._under_way):
+            load.result()
+
+    def load(
+        self, load_id: int, found: Found, pool: Pool, page_ids: PageIds, deadline_ns: int, after: object
+    ) -> LoadResult:
         """Copy what was found into the engine's pages; see `Producer.load`."""
         started = time.monotonic()
         attachment = found.attachment or self._link.attachment
@@ -73,7 +113,8 @@ class Loader:
             found.release()
             return LoadResult(0, 0, 0, {}, "" if not count else "lmpipe absent", 0.0)
         try:
-            return self._load(attachment, load_id, found, count, pool, page_ids, deadline_ns, started)
+            after = mark(pool) if after is None else after
+            return self._load(attachment, load_id, found, count, pool, page_ids, deadline_ns, after, started)
         finally:
             found.release()
             failpoints.hit("producer.load.released")
@@ -89,6 +130,7 @@ class Loader:
         pool: Pool,
         page_ids: PageIds,
         deadline_ns: int,
+        after: object,
         started: float,
     ) -> LoadResult:
         done = np.zeros(count, np.bool_)
@@ -98,7 +140,7 @@ class Loader:
             {key: int(at) for key, at in zip(records["key"].tolist(), below.tolist(), strict=True)},
             done,
             found.records["fidelity"][:count].copy(),
-            mark(pool),
+            after,
         )
         answers: queue.SimpleQueue[Answer | None] | None = None
         if len(below):
@@ -120,14 +162,7 @@ class Loader:
                 done[held] = there
         if answers is not None:
             self._await(attachment, load_id, arrivals, answers, pool, page_ids, deadline_ns)
-        chunks = count if done.all() else int(np.argmin(done))
-        tiers = np.bincount(found.tiers[:chunks], minlength=len(TIERS))
-        by_tier = {tier: int(tiers[i]) for i, tier in enumerate(TIERS) if tiers[i]}
-        reason = "" if chunks == count else ", ".join(sorted(arrivals.failed)) or "not found below"
-        nbytes = int(found.records["raw_bytes"][:chunks].sum())
-        fidelity = int(arrivals.fidelity[:chunks].max(initial=0))
-        seconds = time.monotonic() - started
-        return LoadResult(chunks * found.chunk_tokens, chunks, nbytes, by_tier, reason, seconds, fidelity)
+        return _result(found, done, arrivals.fidelity, arrivals.failed, time.monotonic() - started)
 
     def _await(
         self,
@@ -233,6 +268,23 @@ class Loader:
             there[encoded[list(damaged)]] = False
             arrivals.failed.update(damaged.values())
         return there
+
+
+def _result(
+    found: Found,
+    done: npt.NDArray[np.bool_],
+    fidelity: npt.NDArray[np.uint16],
+    failed: set[str],
+    seconds: float,
+) -> LoadResult:
+    """Of a load of the first len(done) chunks found."""
+    chunks = len(done) if done.all() else int(np.argmin(done))
+    tiers = np.bincount(found.tiers[:chunks], minlength=len(TIERS))
+    by_tier = {tier: int(tiers[i]) for i, tier in enumerate(TIERS) if tiers[i]}
+    reason = "" if chunks == len(done) else ", ".join(sorted(failed)) or "not found below"
+    nbytes = int(found.records["raw_bytes"][:chunks].sum())
+    least = int(fidelity[:chunks].max(initial=0))
+    return LoadResult(chunks * found.chunk_tokens, chunks, nbytes, by_tier, reason, seconds, least)
 
 
 def _are_in(arena: SlotTable, records: ChunkRecords) -> npt.NDArray[np.bool_]:

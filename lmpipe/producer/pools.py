@@ -7,7 +7,8 @@ Knows no message and no hold.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -21,11 +22,25 @@ from lmpipe.shm.table import SlotTable
 PageIds = npt.NDArray[np.int32]
 
 
+class LayerCopies(Protocol):
+    """Copies into pages on a device that are under way, first layer first. Any thread may call."""
+
+    def wait_layer(self, layer: int) -> None:
+        """What the calling thread's current stream is given from now on begins when this layer, and all before it, are
+        in the pages.
+        """
+        ...
+
+    def finish(self) -> dict[int, str]:
+        """Wait on the host until nothing is under way. Why chunks did not arrive that did not, by their place."""
+        ...
+
+
 class ForeignPool(Protocol):
     """An engine's paged KV memory on a device (`cuda.engine.EnginePages`). Any thread may call.
 
-    Slots are chunks' payloads in the arena. When a call returns, or raises, nothing is under way any more. Page id -1
-    is no page.
+    Slots are chunks' payloads in the arena. When a call raises, or returns (but for `load_layers`), nothing is under way
+    any more. Page id -1 is no page.
     """
 
     @property
@@ -58,6 +73,12 @@ class ForeignPool(Protocol):
         self, page_ids: PageIds, slots: Sequence[memoryview], codecs: Sequence[Codec], after: object
     ) -> dict[int, str]:
         """Fill pages from encoded slots. Why chunks did not arrive that did not, by their place."""
+        ...
+
+    def load_layers(
+        self, page_ids: PageIds, slots: Sequence[memoryview], codecs: Sequence[Codec], after: object
+    ) -> LayerCopies:
+        """Begin to fill pages from slots, raw or encoded. Slots stay as they are until the copies are finished."""
         ...
 
 
@@ -100,9 +121,37 @@ class Copies:
         page_ids = np.ascontiguousarray(page_ids)
         if isinstance(pool, native.PagePool):
             return self._decoder.scatter(arena, records, pool, page_ids)
-        codecs = [Codec(number) for number in records["codec"].tolist()]
         with pool.use(arena.region):
-            return pool.decode(page_ids, _payloads(arena, records), codecs, after)
+            return pool.decode(page_ids, _payloads(arena, records), _codecs(records), after)
+
+    def load_layers(
+        self, pool: ForeignPool, page_ids: PageIds, arena: SlotTable, records: ChunkRecords, after: object
+    ) -> LayerCopies:
+        """Begin to fill pages from slots, raw or encoded."""
+        with ExitStack() as used:
+            used.enter_context(pool.use(arena.region))
+            page_ids = np.ascontiguousarray(page_ids)
+            copies = pool.load_layers(page_ids, _payloads(arena, records), _codecs(records), after)
+            return _Using(copies, used.pop_all())
+
+
+@dataclass(slots=True)
+class _Using:
+    """Copies from an arena, which is in use until they are finished."""
+
+    copies: LayerCopies
+    used: ExitStack
+
+    def wait_layer(self, layer: int) -> None:
+        self.copies.wait_layer(layer)
+
+    def finish(self) -> dict[int, str]:
+        with self.used:
+            return self.copies.finish()
+
+
+def _codecs(records: ChunkRecords) -> list[Codec]:
+    return [Codec(number) for number in records["codec"].tolist()]
 
 
 def _payloads(arena: SlotTable, records: ChunkRecords) -> list[memoryview]:
