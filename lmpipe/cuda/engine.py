@@ -1,7 +1,8 @@
 """An engine's pages on its device as its producer knows them (`producer.ForeignPool`), over `DevicePool`.
 
-Calls return when the copies are over: a producer's threads wait for them, asleep, while the engine goes on. A pool
-keeps the pages' memory alive until then, which is all that PyTorch's allocator has to know of the streams used here.
+Calls return when the copies are over: a producer's threads wait for them, asleep, while the engine goes on. Only
+`load_layers` returns before: the engine's stream waits for each layer. A pool keeps the pages' memory alive until then,
+which is all that PyTorch's allocator has to know of the streams used here.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from lmpipe import native
 from lmpipe.codecs import CODECS
 from lmpipe.cuda.arena import PinnedArena
 from lmpipe.cuda.lanes import Event
-from lmpipe.cuda.pool import DevicePool
+from lmpipe.cuda.pool import Decoded, DevicePool
 from lmpipe.errors import FormatError
 from lmpipe.handles import Codec
 
@@ -78,22 +79,73 @@ class EnginePages:
         self, page_ids: PageIds, slots: Sequence[memoryview], codecs: Sequence[Codec], after: object
     ) -> dict[int, str]:
         """Fill pages from encoded slots: by kernels, or on the host what they cannot (zstd, or a large chunk)."""
+        return self.load_layers(page_ids, slots, codecs, after).finish()
+
+    def _unpacked(self, slot: memoryview, codec: Codec, page_ids: PageIds) -> memoryview:
+        """A chunk, decoded on the host. Raises FormatError."""
+        raw = np.empty(self._pool.chunk_bytes(page_ids), np.uint8)
+        CODECS[codec].decode(slot, raw.data)
+        return raw.data
+
+    def load_layers(
+        self, page_ids: PageIds, slots: Sequence[memoryview], codecs: Sequence[Codec], after: object
+    ) -> LayersComing:
+        """Begin to fill pages from slots, first layer first. Encoded chunks come with all their layers at once; what
+        kernels cannot decode is decoded on the host before this returns.
+        """
+        coming = LayersComing(self._pool.pages.device)
         wait = cast(Event | None, after)
-        coded = list(enumerate(zip(codecs, slots, strict=True)))
-        there = [at for at, (codec, slot) in coded if self._pool.can_decode(codec, len(slot))]
-        failed: dict[int, str] = {}
-        if there:
-            sources = self._sources([slots[at] for at in there])
-            decoded = self._pool.decode_from(page_ids[there], sources, [codecs[at] for at in there], wait)
-            failed = {there[at]: why for at, why in decoded.failed().items()}
-        for at, (codec, slot) in coded:
-            if at in there:
-                continue
-            raw = np.empty(self._pool.chunk_bytes(page_ids), np.uint8)
+        raw: dict[int, memoryview] = {}
+        for at, (slot, codec) in enumerate(zip(slots, codecs, strict=True)):
             try:
-                CODECS[codec].decode(slot, raw.data)
+                if codec is Codec.RAW:
+                    raw[at] = self._sources([slot])[0]
+                elif self._pool.can_decode(codec, len(slot)):
+                    coming.encoded.append(at)
+                else:
+                    raw[at] = self._unpacked(slot, codec, page_ids)
             except FormatError as error:
-                failed[at] = str(error)
-                continue
-            self._pool.load_from(page_ids[at : at + 1], [raw.data], wait).synchronize()
-        return {at: f"damaged in DRAM: {why}" for at, why in failed.items()}
+                coming.failed[at] = str(error)
+        encoded = self._sources([slots[at] for at in coming.encoded])
+        coming.sources = [*raw.values(), *encoded]
+        try:
+            if encoded:
+                those = [codecs[at] for at in coming.encoded]
+                coming.decoded = self._pool.decode_from(page_ids[coming.encoded], encoded, those, wait)
+            if raw:
+                coming.layers = self._pool.load_layers(page_ids[list(raw)], list(raw.values()), wait)
+        except BaseException:
+            coming.finish()  # of the slots nothing may be read any more
+            raise
+        return coming
+
+
+class LayersComing:
+    """Copies under way (`producer.pools.LayerCopies`). Keeps the memory they read."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.sources: list[memoryview] = []
+        self.layers: list[Event] = []
+        self.encoded: list[int] = []
+        self.decoded: Decoded | None = None
+        self.failed: dict[int, str] = {}
+
+    def wait_layer(self, layer: int) -> None:
+        """Have torch's current stream wait for a layer; in memory of the host, wait for it."""
+        events = [self.layers[min(layer, len(self.layers) - 1)]] if self.layers else []
+        if self.decoded is not None:
+            events.append(self.decoded.done)
+        for event in events:
+            if self._device.type == "cuda":
+                torch.cuda.current_stream(self._device).wait_event(cast(torch.cuda.Event, event))
+            else:
+                event.synchronize()
+
+    def finish(self) -> dict[int, str]:
+        """Wait; why chunks did not arrive."""
+        if self.layers:
+            self.layers[-1].synchronize()
+        if self.decoded is not None:
+            self.failed.update({self.encoded[at]: why for at, why in self.decoded.failed().items()})
+        return {at: f"damaged in DRAM: {why}" for at, why in self.failed.items()}

@@ -17,9 +17,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from lmpipe import failpoints
+from lmpipe import failpoints, native
 from lmpipe import messages as m
-from lmpipe import native
 from lmpipe.handles import CHUNK, ChunkRecords, Codec
 from lmpipe.producer.attachment import LOOKS, TIERS, Attachment, Found, slots_of
 from lmpipe.producer.layers import LayerLoad, LoadResult

@@ -39,8 +39,8 @@ class LayerCopies(Protocol):
 class ForeignPool(Protocol):
     """An engine's paged KV memory on a device (`cuda.engine.EnginePages`). Any thread may call.
 
-    Slots are chunks' payloads in the arena. When a call raises, or returns (but for `load_layers`), nothing is under way
-    any more. Page id -1 is no page.
+    Slots are chunks' payloads in the arena. When a call raises, or returns (but for `load_layers`), nothing is under
+    way any more. Page id -1 is no page.
     """
 
     @property

@@ -304,7 +304,7 @@ def test_a_version_that_was_not_tested(node: Node, llama: Path, monkeypatch: pyt
         ({"parallel_config.decode_context_parallel_size": 2}, "context parallel"),
         ({"parallel_config.prefill_context_parallel_size": 2}, "context parallel"),
         ({"speculative_config": SimpleNamespace(method="eagle")}, "'eagle'.*ngram or suffix"),
-        ({"device_config.device_type": "cuda"}, "vLLM's CPU backend"),
+        ({"device_config.device_type": "xpu"}, "runs on CPUs and on GPUs"),
     ],
 )
 def test_configurations_that_are_refused(change: dict[str, Any], said: str) -> None:

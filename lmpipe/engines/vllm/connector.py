@@ -95,11 +95,18 @@ class LMPipeConnector(KVConnectorBase_V1, SupportsHMA):
         self._on_worker.begin(kv_connector_metadata)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """The loads that this step computes on; all others began with the step (`handle_preemptions`)."""
-        self._on_worker.load(self._orders)
+        """The loads that this step computes on; all others began with the step (`handle_preemptions`).
+
+        A step that replays a CUDA graph of the whole model (vLLM's FULL mode, usual for decoding) does not come back
+        for its layers, since a graph holds no Python: it waits for all of them here. The connector does not ask for
+        PIECEWISE graphs: a load is made in steps of a prompt, which are hardly ever replayed whole.
+        """
+        by_layer = forward_context.attn_metadata is not None and forward_context.cudagraph_runtime_mode.name != "FULL"
+        self._on_worker.load(self._orders, by_layer=by_layer)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Nothing: loads are through before the forward that computes on them."""
+        """The GPU waits for the layer's KV, the host does not. On CPUs loads are through before the forward."""
+        self._on_worker.wait_layer(layer_name)
 
     def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
         """Nothing: chunks are saved whole, after the forward."""

@@ -24,12 +24,12 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Keys of the extra config, each written with `lmpipe.` before it.
 
     `node`: run directory of a node, or the name of a topology. `name`: as `lmpipe status` shows the engine. `tenant`
-    keeps caches apart. `pages`: "shared" puts the KV cache into shared memory, where gather copies saves from it;
-    "private" has this process copy them. `copy_threads`: threads of a worker that copy. `load_deadline_ms`: what has
-    not come by then is computed (None: the node's setting). `free_deadline_ms`: how long the blocks of a finished
-    request may wait for its saves. `exact`: load no KV that lost information in a codec, nor any that was computed on
-    such; for one request, `lmpipe.exact` in its `kv_transfer_params`. `any_version`: run with a vLLM that was not
-    tested.
+    keeps caches apart. `pages`: "shared" puts the KV cache into shared memory, or exports it from its GPU, and gather
+    copies saves from it; "private" has this process copy them. `copy_threads`: threads of a worker that copy, on CPUs.
+    `load_deadline_ms`: what has not come by then is computed (None: the node's setting). `free_deadline_ms`: how long
+    the blocks of a finished request may wait for its saves. `exact`: load no KV that lost information in a codec, nor
+    any that was computed on such; for one request, `lmpipe.exact` in its `kv_transfer_params`. `any_version`: run with
+    a vLLM that was not tested.
     """
 
     node: str = DEFAULT_NODE
@@ -93,12 +93,11 @@ def check(config: VllmConfig, settings: Settings) -> None:
             f"speculative decoding by {draft.method!r} keeps KV of a draft model, which lmpipe does not key:"
             f" use {' or '.join(_DRAFTS_WITHOUT_KV)}, or none"
         )
-    if config.model_config.use_mla and not config.scheduler_config.enable_chunked_prefill:
+    device = config.device_config.device_type
+    if device == "cpu" and config.model_config.use_mla and not config.scheduler_config.enable_chunked_prefill:
         raise UnsupportedError(
             "vLLM's MLA prefill on CPUs ignores what is cached, which is why vLLM turns its own prefix cache off there:"
             " loaded KV would give other tokens. Run this model without the connector"
         )
-    if config.device_config.device_type != "cpu":
-        raise UnsupportedError(
-            f"KV on {config.device_config.device_type!r} is not supported: this connector runs on vLLM's CPU backend"
-        )
+    if device not in ("cpu", "cuda"):
+        raise UnsupportedError(f"KV on {device!r} is not supported: this connector runs on CPUs and on GPUs")

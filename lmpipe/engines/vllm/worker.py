@@ -1,21 +1,20 @@
 """The connector in a worker: one producer for each cache group, loads on threads of its own, saves by message.
 
-With pages in shared memory a save is one message: gather copies the pages, under a grant that is revoked before they
-can change. Loads start before the step's forward and run beside it; nothing of the engine waits for them but an engine
-that has nothing else to do: what such an engine finds in DRAM it copies within the step that computes on it.
+With pages in shared memory, or exported from a GPU, a save is one message: gather copies the pages, under a grant that
+is revoked before they can change. Loads start before the step's forward and run beside it; nothing of the engine waits
+for them but an engine that has nothing else to do: what such an engine finds in DRAM it copies within the step that
+computes on it. On a GPU each layer of that step waits for its own KV only (in_step.py).
 """
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 
-import numpy as np
 import torch
 import vllm
 from vllm.config import VllmConfig
@@ -23,20 +22,20 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransfe
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
-from lmpipe import native
+from lmpipe.engines.vllm.device import DeviceMemory, device_memory
 from lmpipe.engines.vllm.geometry import GroupPages, align_tokens, groups_of
 from lmpipe.engines.vllm.identity import namespace_of
+from lmpipe.engines.vllm.in_step import InStepLoads
 from lmpipe.engines.vllm.loads import LoadThreads
-from lmpipe.engines.vllm.memory import SharedPages
+from lmpipe.engines.vllm.memory import HostMemory, SharedPages
 from lmpipe.engines.vllm.orders import Handshake, LoadOrder, LoadReport, Orders, Reports, SaveOrder
 from lmpipe.engines.vllm.settings import Settings
 from lmpipe.engines.vllm.stats import Tally
-from lmpipe.errors import UnsupportedError
 from lmpipe.handles import Tier
 from lmpipe.keys import Prompt
-from lmpipe.producer import LoadResult, MappedPages, Producer, SaveTicket
+from lmpipe.producer import LayerLoad, LoadResult, Producer, SaveTicket
+from lmpipe.producer.pools import Pool, mark
 from lmpipe.rundir import RunDir
-from lmpipe.shm.descriptor import HEADER_BYTES
 
 log = logging.getLogger("lmpipe.vllm")
 
@@ -52,8 +51,12 @@ class _Group:
     """One cache group's pages, as this process copies them, and its producer."""
 
     pages: GroupPages
-    pool: native.PagePool
+    pool: Pool
+    make: Callable[..., Producer]
+    """With `pages`: what gather can read."""
     producer: Producer
+    shared: bool
+    """Whether gather reads the pages and copies them for saves."""
 
 
 @dataclass(slots=True)
@@ -79,15 +82,14 @@ class Worker:
 
     def __init__(self, settings: Settings, config: VllmConfig, cache: KVCacheConfig) -> None:
         self._settings, self._config, self._cache = settings, config, cache
-        self._memory: SharedPages | None = None
-        self._caches: dict[str, torch.Tensor] = {}
+        self._shared_pages: SharedPages | None = None
+        self._memory: HostMemory | DeviceMemory | None = None
         self._groups: list[_Group] = []
         self._hello: Handshake | None = None
         self._saves_here = True
-        self._shared = False
-        """Whether gather maps the pages and copies them for saves."""
         self._loads = LoadThreads(LOADS_AT_ONCE)
         self._in_step: list[tuple[LoadOrder, LoadReport]] = []
+        self._layers = InStepLoads({})
         self._saves: dict[int, _Save] = {}
         self._delayed: dict[str, float] = {}
         """Finished requests whose blocks wait for their saves, and until when."""
@@ -100,10 +102,10 @@ class Worker:
 
     def memory(self) -> AbstractContextManager[object] | None:
         """What vLLM is to allocate its KV cache in; None: as it would without lmpipe."""
-        if self._settings.pages == "private":
+        if self._settings.pages == "private" or self._config.device_config.device_type != "cpu":
             return None
-        self._memory = SharedPages(RunDir(self._settings.run_dir).pages)
-        return self._memory
+        self._shared_pages = SharedPages(RunDir(self._settings.run_dir).pages)
+        return self._shared_pages
 
     def register(self, caches: Mapping[str, torch.Tensor]) -> None:
         """The KV cache is there: describe it, and begin a session for each cache group.
@@ -111,39 +113,18 @@ class Worker:
         Raises:
             UnsupportedError: a model whose KV lmpipe cannot keep rightly.
         """
-        first = next(iter(caches.values()))
-        base = first.untyped_storage().data_ptr()
-        if any(cache.untyped_storage().data_ptr() != base for cache in caches.values()):
-            raise UnsupportedError("vLLM made its KV cache of several buffers")
-        segment = self._memory.segment if self._memory is not None else None
-        self._shared, shift = segment is not None, 0
-        if segment is not None:
-            mapped = torch.frombuffer(segment.segment.buf, dtype=torch.int8, count=1, offset=HEADER_BYTES).data_ptr()
-            shift, base = HEADER_BYTES, mapped
-            region = segment.segment.region
-        else:
-            if self._memory is not None:
-                log.warning("pages stay private, this process copies saves itself: %s", self._memory.reason)
-            self._caches = dict(caches)  # what keeps the memory
-            region = native.Region((ctypes.c_uint8 * first.untyped_storage().nbytes()).from_address(base))
-        groups = groups_of(self._cache, caches, base, self._isa())
+        memory = self._memory = device_memory(caches) or HostMemory(caches, self._shared_pages)
+        backends = self._backends() if isinstance(memory, DeviceMemory) else set[str]()
+        groups = groups_of(self._cache, caches, memory.base, self._isa(backends), backends)
         replicas = self._cache.kv_tp_replicas
         rank = get_tensor_model_parallel_rank()
-        parts = self._config.parallel_config.tensor_parallel_size // replicas
         self._saves_here = rank % replicas == 0
-        shards = parts * len(groups)
+        shards = self._config.parallel_config.tensor_parallel_size // replicas * len(groups)
         root = namespace_of(self._config, groups, shards, self._settings)
         align = align_tokens(groups)
         for number, group in enumerate(groups):
-            planes = len(group.offsets)
-            offsets = group.offsets + np.uint64(shift)
-            strides = np.full(planes, group.stride, np.uint64)
-            sizes = np.full(planes, group.layout.page_bytes, np.uint64)
-            pool = native.PagePool([region], np.zeros(planes, np.uint32), offsets, strides, sizes, group.pages)
-            source = None
-            if segment is not None:
-                source = MappedPages(str(segment.path), segment.id.hex(), offsets, strides, sizes, group.pages)
-            producer = Producer(
+            make = partial(
+                Producer,
                 self._settings.run_dir,
                 group.layout,
                 root=root,
@@ -151,20 +132,30 @@ class Worker:
                 align_tokens=align,
                 shard=rank // replicas * len(groups) + number,
                 shards=shards,
-                pages=source,
                 copy_threads=self._settings.copy_threads,
                 exact=self._settings.exact,
             )
-            self._groups.append(_Group(group, pool, producer))
+            pool, source = memory.pool(group), None
+            if self._settings.pages == "shared":
+                source = memory.source(group)
+            self._groups.append(_Group(group, pool, make, make(pages=source), source is not None))
+        self._layers = InStepLoads({name: at for at, name in enumerate(self._groups[0].pages.layers)})
         layouts, windowed = tuple(group.layout for group in groups), tuple(group.windowed for group in groups)
         self._hello = Handshake(root, layouts, windowed, align, shards)
 
-    def _isa(self) -> str:
-        """What the order of bytes inside a page depends on."""
+    def _backends(self) -> set[str]:
+        """Names of the layers' attention backends."""
+        layers = self._config.compilation_config.static_forward_context.values()
+        return {layer.attn_backend.get_name() for layer in layers if hasattr(layer, "attn_backend")}
+
+    def _isa(self, backends: Collection[str]) -> str:
+        """What the order of bytes inside a page depends on: on CPUs the instruction set, on a GPU the kernels."""
+        vllm_version, layout = ".".join(vllm.__version__.split(".")[:2]), self._cache.kv_cache_layout
+        if backends:
+            return f"vllm-{vllm_version}/gpu/{layout}/{'+'.join(sorted(backends))}"
         layers = self._config.compilation_config.static_forward_context
         isas = {str(getattr(layer, "isa", "")) for layer in layers.values()}
-        layout = self._cache.kv_cache_layout
-        return f"vllm-{'.'.join(vllm.__version__.split('.')[:2])}/{layout}/{'+'.join(sorted(isas))}"
+        return f"vllm-{vllm_version}/{layout}/{'+'.join(sorted(isas))}"
 
     def handshake(self) -> Handshake | None:
         """For the scheduler's side."""
@@ -175,27 +166,56 @@ class Worker:
     def begin(self, orders: Orders) -> None:
         """Before the step changes any page: take back what was granted, then start the loads."""
         self._step_started_s = time.monotonic()
+        self._take_back_refused()
         for request in orders.revoked:
             self._revoke([save for save in self._saves.values() if save.request == request])
         self._revoke([self._saves[number] for number in orders.late if number in self._saves])
         if orders.weights_epoch is not None:
             for group in self._groups:
                 group.producer.renew(orders.weights_epoch)
-        for load in orders.loads:
-            if not load.in_step:
-                self._loads.submit(load, partial(self._load, orders.root, orders.chunk_tokens, load))
+        if not self._is_cleared_late:
+            self._start_beside(orders)
 
-    def load(self, orders: Orders) -> None:
-        """Before the forward, after vLLM has cleared its pages: what the forward computes on, from held slots."""
+    @property
+    def _is_cleared_late(self) -> bool:
+        """Whether vLLM may have a GPU clear new pages between `begin` and `load`."""
+        return isinstance(self._memory, DeviceMemory) and self._cache.needs_kv_cache_zeroing
+
+    def _start_beside(self, orders: Orders) -> None:
+        """Start the loads that no step computes on yet, each after what the engine has ordered of its GPU until now."""
+        loads = [load for load in orders.loads if not load.in_step]
+        marks = [mark(group.pool) for group in self._groups] if loads else []
+        for load in loads:
+            self._loads.submit(load, partial(self._load, orders.root, orders.chunk_tokens, load, marks))
+
+    def load(self, orders: Orders, *, by_layer: bool) -> None:
+        """Before the forward, after vLLM has cleared its pages: what the forward computes on, from held slots.
+
+        `by_layer`: whether the forward's layers will call `wait_layer`.
+        """
+        if self._is_cleared_late:
+            self._start_beside(orders)
         for load in orders.loads:
             if load.in_step:
-                self._in_step.append((load, self._load(orders.root, orders.chunk_tokens, load)))
+                if isinstance(self._memory, DeviceMemory):
+                    self._start_layers(orders, load)
+                else:
+                    marks = [None for _ in self._groups]
+                    self._in_step.append((load, self._load(orders.root, orders.chunk_tokens, load, marks)))
                 self._step_started_s = time.monotonic()
+        self._layers.begun(by_layer=by_layer)
+
+    def wait_layer(self, name: str) -> None:
+        """Before a layer's attention: its KV is there for what the engine's stream is given from now on."""
+        self._layers.wait_layer(name)
 
     def end(self, orders: Orders) -> None:
         """After the forward: its pages hold what the orders say."""
         if orders.prefill_tokens >= LEAST_PREFILL_TOKENS:
             self._reports.prefill = orders.prefill_tokens, time.monotonic() - self._step_started_s
+        if orders.saves:
+            assert self._memory is not None
+            self._memory.mark()
         for order in orders.saves:
             self._saves[order.order] = self._save(orders, order)
         deadline_s = time.monotonic() + self._settings.free_deadline_ms / 1000
@@ -205,6 +225,7 @@ class Worker:
         """Which loads and which saves of finished requests are through: each is named once."""
         results = KVConnectorTransferResults()
         through, self._in_step = self._in_step, []
+        through += [(order, _report(order, result)) for order, result in self._layers.results()]
         for order, report in through + self._loads.take(0.0 if orders.tokens else IDLE_WAIT_S):
             self._landed(order, report, results)
         self._settle()
@@ -232,23 +253,34 @@ class Worker:
 
     # Loads.
 
-    def _load(self, root: bytes, chunk_tokens: int, order: LoadOrder) -> LoadReport:
+    def _load(self, root: bytes, chunk_tokens: int, order: LoadOrder, marks: Sequence[object]) -> LoadReport:
         """On a thread of the pool, or in the step. Whatever goes wrong, the blocks are reported as not loaded."""
-        started_s, wanted = time.monotonic(), len(order.keys) - order.first
+        started_s = time.monotonic()
         result = LoadResult(0, 0, 0, {}, "", 0.0)
         try:
             prompt = Prompt.of_keys(root, chunk_tokens, order.keys)
             done: list[LoadResult] = []
-            for group, blocks in zip(self._groups, order.blocks, strict=True):
+            deadline_ms = self._settings.load_deadline_ms
+            for group, blocks, after in zip(self._groups, order.blocks, marks, strict=True):
                 found = group.producer.lookup(prompt, first_chunk=order.first, again=True, exact=order.exact)
-                deadline_ms = self._settings.load_deadline_ms
-                done.append(group.producer.load(found, group.pool, blocks, deadline_ms=deadline_ms))
+                done.append(group.producer.load(found, group.pool, blocks, deadline_ms=deadline_ms, after=after))
             result = _together(done, time.monotonic() - started_s)
-            if result.chunks < wanted and not result.reason:
-                result = replace(result, reason="evicted before it was copied", seconds=0.0)
         except Exception:
             log.critical("a bug: this load is given up, its tokens are computed", exc_info=True)
-        return LoadReport(order.request, wanted, result, order.in_step)
+        return _report(order, result)
+
+    def _start_layers(self, orders: Orders, order: LoadOrder) -> None:
+        """Begin a load that this step computes on. There is one cache group (`Scheduler.attach`)."""
+        (group,), (blocks,) = self._groups, order.blocks
+        try:
+            prompt = Prompt.of_keys(orders.root, orders.chunk_tokens, order.keys)
+            found = group.producer.lookup(prompt, first_chunk=order.first, again=True, exact=order.exact)
+            deadline_ms = self._settings.load_deadline_ms
+            load = group.producer.load_layers(found, group.pool, blocks, deadline_ms=deadline_ms)
+        except Exception:
+            log.critical("a bug: this load is given up, its tokens are computed", exc_info=True)
+            load = LayerLoad.over(LoadResult(0, 0, 0, {}, "", 0.0))
+        self._layers.add(order, load)
 
     def _landed(self, order: LoadOrder, report: LoadReport, results: KVConnectorTransferResults) -> None:
         self._reports.loads.append(report)
@@ -274,7 +306,7 @@ class Worker:
             return save
         prompt = Prompt.of_keys(orders.root, orders.chunk_tokens, order.keys)
         for group, blocks in zip(self._groups, order.blocks, strict=True):
-            producer, pool = group.producer, None if self._shared else group.pool
+            producer, pool = group.producer, None if group.shared else group.pool
             try:
                 ticket = producer.save(
                     prompt, pool, blocks, first_chunk=order.first, fidelity=order.fidelity, exact=order.exact
@@ -284,6 +316,14 @@ class Worker:
                 log.warning("a save is dropped", exc_info=True)
                 save.lost = True
         return save
+
+    def _take_back_refused(self) -> None:
+        """A node that does not read this device refuses the engine: go on without gather's copies."""
+        for group in self._groups:
+            if group.shared and isinstance(self._memory, DeviceMemory) and group.producer.state == "refused":
+                self._memory.say(group.producer.reason)
+                group.producer.close()
+                group.producer, group.shared = group.make(pages=None), False
 
     def _settle(self) -> None:
         for number in [number for number, save in self._saves.items() if save.done]:
@@ -305,12 +345,20 @@ class Worker:
 
     def close(self) -> None:
         """Give saves under way a few seconds, end the sessions, give the pages back."""
+        self._layers.results()
         for group in self._groups:
             group.producer.close()  # loads that still wait end with it
         self._loads.close()
         self._groups.clear()
-        if self._memory is not None and self._memory.segment is not None:
-            self._memory.segment.close()
+        if self._memory is not None:
+            self._memory.close()
+
+
+def _report(order: LoadOrder, result: LoadResult) -> LoadReport:
+    wanted = len(order.keys) - order.first
+    if result.chunks < wanted and not result.reason:
+        result = replace(result, reason="evicted before it was copied", seconds=0.0)
+    return LoadReport(order.request, wanted, result, order.in_step)
 
 
 def _together(results: Iterable[LoadResult], seconds: float) -> LoadResult:

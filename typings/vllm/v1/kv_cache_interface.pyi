@@ -4,6 +4,10 @@ class KVCacheSpec:
 class AttentionSpec(KVCacheSpec):
     num_kv_heads: int
     head_size: int
+    head_size_v: int
+    kv_quant_mode: int
+    state_content_bytes: int | None
+    tokens_per_state: object
 
 class KVCacheGroupSpec:
     layer_names: list[str]
@@ -17,3 +21,5 @@ class KVCacheConfig:
     kv_cache_groups: list[KVCacheGroupSpec]
     kv_cache_layout: str | None
     kv_tp_replicas: int
+    @property
+    def needs_kv_cache_zeroing(self) -> bool: ...

@@ -1,0 +1,121 @@
+"""A rank's KV cache on a GPU: pools for the copies that this process makes, and its export to gather, for saves.
+
+Nothing that needs a GPU's libraries is imported before there is a KV cache on one. What cannot be exported is said
+once, with what to change; this process then copies saves itself.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+import torch
+
+from lmpipe.cuda.ipc import ExportedPages
+from lmpipe.cuda.runtime import Runtime, Stream
+from lmpipe.engines.vllm.geometry import GroupPages
+from lmpipe.errors import DeviceError, UnsupportedError
+from lmpipe.page_source import DeviceSource
+from lmpipe.producer.pools import ForeignPool
+
+if TYPE_CHECKING:
+    from lmpipe.cuda.transfers import Transfers
+
+log = logging.getLogger("lmpipe.vllm")
+
+INSTALL = "pip install 'lmpipe[gpu]'"
+
+
+class DeviceMemory:
+    """The pages of one rank on one device. Used by the engine's thread."""
+
+    base = 0
+
+    def __init__(self, caches: Mapping[str, torch.Tensor], runtime: Runtime | None, lack: str = "") -> None:
+        """`runtime`: of the device, for export and for pinning the arena; None for the reason `lack`."""
+        self.caches = list(caches.values())
+        self.device, self._runtime, self._lack = self.caches[0].device, runtime, lack
+        self._said: set[str] = set()
+        self._exported: list[ExportedPages] = []
+        self._transfers: Transfers | None = None
+        self._closing = ExitStack()
+
+    @classmethod
+    def of(cls, caches: Mapping[str, torch.Tensor]) -> DeviceMemory:
+        """By CuPy; without it nothing is exported, and the arena is not pinned."""
+        try:
+            from lmpipe.cuda.cupy_runtime import open_device  # noqa: PLC0415  only where there is a GPU
+        except ImportError as error:
+            return cls(caches, None, f"{error}: {INSTALL}")
+        try:
+            return cls(caches, open_device(str(next(iter(caches.values())).device.index)))
+        except DeviceError as error:
+            return cls(caches, None, str(error))
+
+    def pool(self, pages: GroupPages) -> ForeignPool:
+        """For the copies that this process makes, on streams beside the engine's.
+
+        Raises:
+            UnsupportedError: there is no Triton.
+        """
+        try:
+            from lmpipe.cuda.arena import PinnedArena  # noqa: PLC0415  Triton is only where there is a GPU
+            from lmpipe.cuda.engine import EnginePages  # noqa: PLC0415
+            from lmpipe.cuda.pages import DevicePages  # noqa: PLC0415
+            from lmpipe.cuda.pool import DevicePool  # noqa: PLC0415
+            from lmpipe.cuda.transfers import Transfers  # noqa: PLC0415
+        except ImportError as error:
+            raise UnsupportedError(f"KV on a GPU is copied by Triton's kernels, and {error}: {INSTALL}") from error
+        addresses = pages.offsets.astype("int64")
+        there = DevicePages.at(pages.layout, addresses, pages.stride, pages.pages, self.caches)
+        arena = PinnedArena(self._runtime) if self._runtime is not None else None
+        if arena is not None:
+            self._closing.callback(arena.close)
+        if self._transfers is None:
+            self._transfers = Transfers(self.device)
+        return EnginePages(DevicePool(there, self._transfers), arena)
+
+    def source(self, pages: GroupPages) -> DeviceSource | None:
+        """For gather. None: it cannot read them, which is said."""
+        if self._runtime is None:
+            self.say(self._lack)
+            return None
+        addresses = pages.offsets.tolist()
+        try:
+            exported = ExportedPages(self._runtime, addresses, pages.stride, pages.layout.page_bytes, pages.pages)
+        except DeviceError as error:
+            self.say(str(error))
+            return None
+        self._exported.append(exported)
+        return exported.source
+
+    def say(self, reason: str) -> None:
+        """Warn that this process copies saves itself, once for each reason."""
+        if reason not in self._said:
+            log.warning("gather cannot read the KV cache on the GPU, this process copies saves itself: %s", reason)
+        self._said.add(reason)
+
+    def mark(self) -> None:
+        """What the engine's stream was given so far has written the pages that are saved from now on."""
+        for exported in self._exported:
+            exported.mark(self.stream())
+
+    def stream(self) -> Stream:
+        """The engine's."""
+        return Stream(torch.cuda.current_stream(self.device).cuda_stream)
+
+    def close(self) -> None:
+        """Wait for copies, and give everything back. The producers are closed."""
+        if self._transfers is not None:
+            self._transfers.close()
+        self._closing.close()
+        for exported in self._exported:
+            exported.close()
+        self._exported.clear()
+
+
+def device_memory(caches: Mapping[str, torch.Tensor]) -> DeviceMemory | None:
+    """None: they are in memory of the host."""
+    return None if next(iter(caches.values())).device.type == "cpu" else DeviceMemory.of(caches)
