@@ -99,6 +99,22 @@ def test_layers_come_in_order(engine: DeviceEngine, seed: int) -> None:
     transfers.close()
 
 
+def test_work_that_follows_a_wait_reads_the_layer(engine: DeviceEngine) -> None:
+    """On a GPU the host waits for nothing before the end."""
+    prompt = prompt_of(engine, 9)
+    loaded = Load(engine, prompt)
+    read: list[torch.Tensor] = []
+    for layer in range(LAYERS):
+        loaded.load.wait_layer(layer)
+        read.append(engine.memory.there[2 * layer : 2 * layer + 2].clone())
+    engine.memory.there.fill_(7)  # nothing of the load comes later than its last layer
+    assert loaded.load.result().chunks == CHUNKS
+    assert bool((engine.memory.there == 7).all())
+    engine.memory.there.copy_(torch.cat(read))
+    assert all(map(loaded.layer_is_there, range(LAYERS)))
+    loaded.close()
+
+
 def test_nobody_has_to_wait_for_a_layer(engine: DeviceEngine) -> None:
     loaded = Load(engine, prompt_of(engine, 10))
     assert loaded.load.result().chunks == CHUNKS
