@@ -97,6 +97,17 @@ def test_what_lies_below_dram_is_loaded_beside_the_steps(
     assert "load" in dict(log) and "begin" not in dict(log)
 
 
+def test_loads_begin_after_new_pages_were_cleared(
+    whole: Engine, node: Node, plain: EngineProcess, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where vLLM has the GPU do that between the beginning of a step and its loads."""
+    prompt = saved(whole, "ssd", node)
+    with monkeypatch.context() as patch:
+        patch.setattr(worker_module.Worker, "_is_cleared_late", True)
+        assert ask(whole, [prompt]) == (plain.generate([prompt], 8), [4 * CHUNK])
+    assert "load" in dict(log)
+
+
 def test_in_company_it_is_loaded_beside_the_steps(whole: Engine, node: Node, plain: EngineProcess, log: Log) -> None:
     prompts = [saved(whole, "dram", node), tokens(CHUNK)]
     assert ask(whole, prompts) == (plain.generate(prompts, 8), [4 * CHUNK, 0])

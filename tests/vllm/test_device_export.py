@@ -101,7 +101,7 @@ def test_gather_copies_saves_from_the_device(
         idle(engine)
         assert engine.free_blocks == 30
         assert worker._groups[0].shared and producers(engine)[1].stats()["saved_chunks"]
-        memory = worker._memory
+        memory = worker._device
     assert not memory._exported, "handles and events are given back with the engine"
 
 

@@ -1,6 +1,6 @@
-"""A rank's KV cache on a GPU: pools for the copies that this process makes, and its export to gather, for saves.
+"""A rank's KV cache on a GPU: its export to gather, for saves, and pools for the copies that this process makes.
 
-Nothing that needs a GPU's libraries is imported before there is a KV cache on one. What cannot be exported is said
+Nothing that needs a GPU's libraries is imported before there is a KV cache on one. Why gather cannot read it is said
 once, with what to change; this process then copies saves itself.
 """
 
@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import torch
 
 from lmpipe.cuda.ipc import ExportedPages
 from lmpipe.cuda.runtime import Runtime, Stream
-from lmpipe.engines.vllm.geometry import GroupPages
 from lmpipe.errors import DeviceError, UnsupportedError
 from lmpipe.page_source import DeviceSource
 from lmpipe.producer.pools import ForeignPool
 
-if TYPE_CHECKING:
-    from lmpipe.cuda.transfers import Transfers
+if TYPE_CHECKING:  # the one imports vLLM, the other Triton
+    from lmpipe.engines.vllm.geometry import GroupPages
+    from lmpipe.engines.vllm.kernels import Kernels
 
 log = logging.getLogger("lmpipe.vllm")
 
@@ -32,15 +31,15 @@ class DeviceMemory:
     """The pages of one rank on one device. Used by the engine's thread."""
 
     base = 0
+    """Offsets of pages are addresses."""
 
     def __init__(self, caches: Mapping[str, torch.Tensor], runtime: Runtime | None, lack: str = "") -> None:
-        """`runtime`: of the device, for export and for pinning the arena; None for the reason `lack`."""
-        self.caches = list(caches.values())
-        self.device, self._runtime, self._lack = self.caches[0].device, runtime, lack
+        """`runtime`: of the device, to export pages and pin the arena with; None for the reason `lack`."""
+        self._caches = list(caches.values())
+        self._runtime, self._lack = runtime, lack
         self._said: set[str] = set()
         self._exported: list[ExportedPages] = []
-        self._transfers: Transfers | None = None
-        self._closing = ExitStack()
+        self._kernels: Kernels | None = None
 
     @classmethod
     def of(cls, caches: Mapping[str, torch.Tensor]) -> DeviceMemory:
@@ -55,27 +54,18 @@ class DeviceMemory:
             return cls(caches, None, str(error))
 
     def pool(self, pages: GroupPages) -> ForeignPool:
-        """For the copies that this process makes, on streams beside the engine's.
+        """For the copies that this process makes.
 
         Raises:
             UnsupportedError: there is no Triton.
         """
-        try:
-            from lmpipe.cuda.arena import PinnedArena  # noqa: PLC0415  Triton is only where there is a GPU
-            from lmpipe.cuda.engine import EnginePages  # noqa: PLC0415
-            from lmpipe.cuda.pages import DevicePages  # noqa: PLC0415
-            from lmpipe.cuda.pool import DevicePool  # noqa: PLC0415
-            from lmpipe.cuda.transfers import Transfers  # noqa: PLC0415
-        except ImportError as error:
-            raise UnsupportedError(f"KV on a GPU is copied by Triton's kernels, and {error}: {INSTALL}") from error
-        addresses = pages.offsets.astype("int64")
-        there = DevicePages.at(pages.layout, addresses, pages.stride, pages.pages, self.caches)
-        arena = PinnedArena(self._runtime) if self._runtime is not None else None
-        if arena is not None:
-            self._closing.callback(arena.close)
-        if self._transfers is None:
-            self._transfers = Transfers(self.device)
-        return EnginePages(DevicePool(there, self._transfers), arena)
+        if self._kernels is None:
+            try:
+                from lmpipe.engines.vllm.kernels import Kernels  # noqa: PLC0415  only where there is a GPU
+            except ImportError as error:
+                raise UnsupportedError(f"KV on a GPU is copied by Triton's kernels, and {error}: {INSTALL}") from error
+            self._kernels = Kernels(self._caches, self._runtime)
+        return self._kernels.pool(pages)
 
     def source(self, pages: GroupPages) -> DeviceSource | None:
         """For gather. None: it cannot read them, which is said."""
@@ -104,13 +94,12 @@ class DeviceMemory:
 
     def stream(self) -> Stream:
         """The engine's."""
-        return Stream(torch.cuda.current_stream(self.device).cuda_stream)
+        return Stream(torch.cuda.current_stream(self._caches[0].device).cuda_stream)
 
     def close(self) -> None:
         """Wait for copies, and give everything back. The producers are closed."""
-        if self._transfers is not None:
-            self._transfers.close()
-        self._closing.close()
+        if self._kernels is not None:
+            self._kernels.close()
         for exported in self._exported:
             exported.close()
         self._exported.clear()

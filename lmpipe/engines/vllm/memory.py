@@ -53,6 +53,11 @@ class SharedPages(TorchFunctionMode):
                 return mapped
         return func(*args, **kwargs)
 
+    def close(self) -> None:
+        """Give the segment back."""
+        if self.segment is not None:
+            self.segment.close()
+
     def _map(self, nbytes: int) -> torch.Tensor | None:
         try:
             self.segment = PageSegment.create(self._directory, HEADER_BYTES + nbytes)
@@ -103,14 +108,6 @@ class HostMemory:
         planes = len(pages.offsets)
         strides, sizes = np.full(planes, pages.stride, np.uint64), np.full(planes, pages.layout.page_bytes, np.uint64)
         return pages.offsets + np.uint64(self._shift), strides, sizes
-
-    def mark(self) -> None:
-        """Pages are written when the engine says so."""
-
-    def close(self) -> None:
-        """Give the segment back."""
-        if self._segment is not None:
-            self._segment.close()
 
 
 def _is_kv_cache(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

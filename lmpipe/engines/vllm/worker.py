@@ -83,7 +83,8 @@ class Worker:
     def __init__(self, settings: Settings, config: VllmConfig, cache: KVCacheConfig) -> None:
         self._settings, self._config, self._cache = settings, config, cache
         self._shared_pages: SharedPages | None = None
-        self._memory: HostMemory | DeviceMemory | None = None
+        self._device: DeviceMemory | None = None
+        """Where the pages are, unless in memory of the host."""
         self._groups: list[_Group] = []
         self._hello: Handshake | None = None
         self._saves_here = True
@@ -113,8 +114,9 @@ class Worker:
         Raises:
             UnsupportedError: a model whose KV lmpipe cannot keep rightly.
         """
-        memory = self._memory = device_memory(caches) or HostMemory(caches, self._shared_pages)
-        backends = self._backends() if isinstance(memory, DeviceMemory) else set[str]()
+        self._device = device_memory(caches)
+        memory = self._device or HostMemory(caches, self._shared_pages)
+        backends = self._backends() if self._device is not None else set[str]()
         groups = groups_of(self._cache, caches, memory.base, self._isa(backends), backends)
         replicas = self._cache.kv_tp_replicas
         rank = get_tensor_model_parallel_rank()
@@ -179,7 +181,7 @@ class Worker:
     @property
     def _is_cleared_late(self) -> bool:
         """Whether vLLM may have a GPU clear new pages between `begin` and `load`."""
-        return isinstance(self._memory, DeviceMemory) and self._cache.needs_kv_cache_zeroing
+        return self._device is not None and self._cache.needs_kv_cache_zeroing
 
     def _start_beside(self, orders: Orders) -> None:
         """Start the loads that no step computes on yet, each after what the engine has ordered of its GPU until now."""
@@ -197,7 +199,7 @@ class Worker:
             self._start_beside(orders)
         for load in orders.loads:
             if load.in_step:
-                if isinstance(self._memory, DeviceMemory):
+                if self._device is not None:
                     self._start_layers(orders, load)
                 else:
                     marks = [None for _ in self._groups]
@@ -213,9 +215,8 @@ class Worker:
         """After the forward: its pages hold what the orders say."""
         if orders.prefill_tokens >= LEAST_PREFILL_TOKENS:
             self._reports.prefill = orders.prefill_tokens, time.monotonic() - self._step_started_s
-        if orders.saves:
-            assert self._memory is not None
-            self._memory.mark()
+        if orders.saves and self._device is not None:
+            self._device.mark()
         for order in orders.saves:
             self._saves[order.order] = self._save(orders, order)
         deadline_s = time.monotonic() + self._settings.free_deadline_ms / 1000
@@ -320,8 +321,8 @@ class Worker:
     def _take_back_refused(self) -> None:
         """A node that does not read this device refuses the engine: go on without gather's copies."""
         for group in self._groups:
-            if group.shared and isinstance(self._memory, DeviceMemory) and group.producer.state == "refused":
-                self._memory.say(group.producer.reason)
+            if group.shared and self._device is not None and group.producer.state == "refused":
+                self._device.say(group.producer.reason)
                 group.producer.close()
                 group.producer, group.shared = group.make(pages=None), False
 
@@ -350,8 +351,10 @@ class Worker:
             group.producer.close()  # loads that still wait end with it
         self._loads.close()
         self._groups.clear()
-        if self._memory is not None:
-            self._memory.close()
+        if self._device is not None:
+            self._device.close()
+        if self._shared_pages is not None:
+            self._shared_pages.close()
 
 
 def _report(order: LoadOrder, result: LoadResult) -> LoadReport:
