@@ -7,6 +7,7 @@ what was there. `log` has what happened, in order.
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -47,7 +48,7 @@ class DeferredPool:
         ]
 
     def mark(self) -> object:
-        self.log.append(("mark", None))
+        self.log.append(("mark", threading.current_thread().name))
         return "mark"
 
     @contextmanager

@@ -93,8 +93,10 @@ def test_what_lies_below_dram_is_loaded_beside_the_steps(
     whole: Engine, node: Node, plain: EngineProcess, log: Log, tier: str
 ) -> None:
     prompt = saved(whole, tier, node)
+    log.clear()
     assert ask(whole, [prompt]) == (plain.generate([prompt], 8), [4 * CHUNK])
     assert "load" in dict(log) and "begin" not in dict(log)
+    assert {by for kind, by in log if kind == "mark"} == {"MainThread"}, "copies begin after the engine's stream"
 
 
 def test_loads_begin_after_new_pages_were_cleared(
