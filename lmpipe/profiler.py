@@ -2,7 +2,7 @@
 
 py-spy samples each worker and the engine from outside; the spans that runners take anyway (spans.py) are written as
 Chrome traces and merged, since all clocks are CLOCK_MONOTONIC. py-spy stops a process for a moment at every sample, so
-spans are a little longer here than without it.
+spans are a little longer here than without it. What devices did is in the same files, on tracks of its own.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lmpipe.demo import workload
 from lmpipe.demo.client import EngineProcess
 from lmpipe.demo.node import SIZES, TOPOLOGY
 from lmpipe.errors import LmpipeError
-from lmpipe.spans import Spans, read_trace
+from lmpipe.spans import FIRST_TRACK, Spans, read_trace
 from lmpipe.testing import Node, merged
 
 RATE_HZ = 100
@@ -52,9 +52,13 @@ def nsys_command(out: Path, arguments: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class SpanTime:
-    """All spans of one name in one process. A span that lies in another is counted in both."""
+    """All spans of one name in one process, of its threads or on one track. A span that lies in another is counted in
+    both.
+    """
 
     process: str
+    track: str
+    """Of a device; "": of threads."""
     name: str
     count: int
     total_ms: float
@@ -69,6 +73,9 @@ class Profile:
     trace: Path
     flames: list[Path]
     spans: list[SpanTime]
+    """Of threads."""
+    device_spans: list[SpanTime]
+    """Of what devices did meanwhile."""
     seconds: float
     problems: list[str]
 
@@ -167,7 +174,9 @@ def _result(node: Node, traces: Sequence[Path], flames: FlameGraphs, seconds: fl
     events = [event for path in paths if path.exists() for event in read_trace(path)]
     target = out / "trace.json"
     target.write_bytes(orjson.dumps({"traceEvents": one_time_line(events), "displayTimeUnit": "ms"}))
-    return Profile(target, flames.drawn, span_times(events), seconds, flames.problems)
+    times = span_times(events)
+    hosts, devices = [time for time in times if not time.track], [time for time in times if time.track]
+    return Profile(target, flames.drawn, hosts, devices, seconds, flames.problems)
 
 
 class FlameGraphs:
@@ -209,45 +218,56 @@ class FlameGraphs:
 
 
 def one_time_line(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Events of all processes on one time line that begins at 0, processes in the order given, threads with names."""
+    """Events of all processes on one time line that begins at 0, processes in the order given, threads with names,
+    tracks below them.
+    """
     given = list(events)
     start = min((event["ts"] for event in given if "ts" in event), default=0.0)
     order: dict[int, int] = {}
-    threads: set[tuple[int, int]] = set()
+    rows: set[tuple[int, int]] = set()
     shown: list[dict[str, Any]] = []
     for event in given:
         pid = event["pid"]
         order.setdefault(pid, len(order))
         if "ts" in event:
-            threads.add((pid, event["tid"]))
+            rows.add((pid, event["tid"]))
             event = {**event, "ts": event["ts"] - start}
         shown.append(event)
     for pid, place in order.items():
         shown.append({"ph": "M", "name": "process_sort_index", "pid": pid, "args": {"sort_index": place}})
-    for pid, tid in sorted(threads):
-        name = "loop" if tid == pid else "worker thread"
-        shown.append({"ph": "M", "name": "thread_name", "pid": pid, "tid": tid, "args": {"name": name}})
+    for pid, tid in sorted(rows):
+        if tid >= FIRST_TRACK:  # it has its name
+            told: dict[str, Any] = {"name": "thread_sort_index", "args": {"sort_index": tid}}
+        else:
+            told = {"name": "thread_name", "args": {"name": "loop" if tid == pid else "worker thread"}}
+        shown.append({"ph": "M", "pid": pid, "tid": tid, **told})
     return shown
 
 
 def span_times(events: Iterable[dict[str, Any]]) -> list[SpanTime]:
     """Where the time went, most first."""
     processes: dict[int, str] = {}
-    found: dict[tuple[int, str], list[tuple[float, int]]] = defaultdict(list)
+    tracks: dict[tuple[int, int], str] = {}
+    found: dict[tuple[int, int, str], list[tuple[float, int]]] = defaultdict(list)
     for event in events:
-        if event["ph"] == "M":
-            processes[event["pid"]] = event["args"]["name"]
+        pid = event["pid"]
+        if event["ph"] == "X":
+            row = event["tid"] if event["tid"] >= FIRST_TRACK else 0
+            found[pid, row, event["name"]].append((event["dur"] / 1e3, event["args"]["bytes"]))
+        elif event["name"] == "process_name":
+            processes[pid] = event["args"]["name"]
         else:
-            found[event["pid"], event["name"]].append((event["dur"] / 1e3, event["args"]["bytes"]))
+            tracks[pid, event["tid"]] = event["args"]["name"]
     times = [
         SpanTime(
             processes.get(pid, str(pid)),
+            tracks.get((pid, row), ""),
             name,
             len(spans),
             sum(ms for ms, _ in spans),
             max(ms for ms, _ in spans),
             sum(nbytes for _, nbytes in spans),
         )
-        for (pid, name), spans in found.items()
+        for (pid, row, name), spans in found.items()
     ]
     return sorted(times, key=lambda span: -span.total_ms)

@@ -4,6 +4,9 @@ Without a profiler attached an nvtx range costs about 0.1 µs; with one, ranges 
 file is Chrome's JSON array format, one event a line and the closing bracket left off, which its readers allow: a
 process that is killed leaves a file that can be read. Timestamps are CLOCK_MONOTONIC in µs, so the files of all
 processes of a machine merge on one time line.
+
+What a thread does is shown on that thread's row. What no thread of the process does, such as a device's work, has rows
+with names, called tracks; its times are known late, and are asked for at every `flush`.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import os
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +25,8 @@ import orjson
 
 MAX_EVENTS = 1 << 16
 MAX_FILE_BYTES = 1 << 28
+FIRST_TRACK = 1 << 30
+"""Tracks have numbers from here on, where no thread's id is."""
 PAYLOAD = np.dtype([("bytes", "<u8"), ("chunks", "<u8")])
 """What an nvtx range carries, as profilers show it."""
 
@@ -37,6 +43,9 @@ class Spans:
         self._attributes: dict[str, Any] = {}
         self._file = trace.open("ab") if trace else None
         self._events: deque[tuple[str, int, int, int, int, int]] = deque()
+        self._tracks: list[str] = []
+        self._named = 0
+        self._late: list[Callable[[], object]] = []
         self._pid = os.getpid()
         self._bytes = self._file.tell() if self._file else 0
         if self._file:
@@ -62,18 +71,38 @@ class Spans:
             attributes = self._domain.get_event_attributes(name, payload=np.array((nbytes, chunks), PAYLOAD))
         return Span(self, self._domain, attributes, name, nbytes, chunks)
 
-    def add(self, name: str, begin_ns: int, end_ns: int, nbytes: int, chunks: int) -> None:
-        """Records an event; written at the next `flush`."""
+    def add(self, name: str, begin_ns: int, end_ns: int, nbytes: int, chunks: int, track: int | None = None) -> None:
+        """Records an event, of the calling thread without a track; written at the next `flush`."""
         if len(self._events) < MAX_EVENTS:
-            self._events.append((name, begin_ns, end_ns, threading.get_native_id(), nbytes, chunks))
+            row = threading.get_native_id() if track is None else track
+            self._events.append((name, begin_ns, end_ns, row, nbytes, chunks))
         else:
             self.dropped += 1
+
+    def track(self, name: str) -> int:
+        """A row of the trace for events that are of no thread. Those on it must not overlap."""
+        self._tracks.append(name)
+        return FIRST_TRACK + len(self._tracks) - 1
+
+    def ask(self, late: Callable[[], object]) -> None:
+        """At every `flush` from now on `late` is called, to `add` what it has learnt; it must not wait."""
+        self._late.append(late)
+
+    def ask_no_more(self, late: Callable[[], object]) -> None:
+        """Ends `ask`."""
+        self._late.remove(late)
 
     def flush(self) -> None:
         """Writes what was recorded. Called by one thread."""
         if self._file is None:
             return
+        for late in tuple(self._late):
+            late()
         lines: list[bytes] = []
+        for number, name in enumerate(self._tracks[self._named :], FIRST_TRACK + self._named):
+            named = {"ph": "M", "name": "thread_name", "pid": self._pid, "tid": number, "args": {"name": name}}
+            lines.append(orjson.dumps(named))
+        self._named += len(lines)
         for _ in range(len(self._events)):
             name, begin_ns, end_ns, tid, nbytes, chunks = self._events.popleft()
             event = {

@@ -19,7 +19,7 @@ from lmpipe import topology as tp
 from lmpipe.cli.console import wide_console
 from lmpipe.cli.nodes import Subparsers, add_verb
 from lmpipe.errors import LmpipeError
-from lmpipe.profiler import Profile, nsys_command, profile
+from lmpipe.profiler import Profile, SpanTime, nsys_command, profile
 
 EXAMPLES = """
 lmpipe profile                              the demo's model and documents for half a minute
@@ -77,13 +77,24 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _show(console: Console, found: Profile) -> None:
-    table = Table(title=f"where {found.seconds:.0f} s went", box=rich.box.SIMPLE_HEAD)
+    _show_spans(console, f"where {found.seconds:.0f} s went", found.spans, found)
+    if found.device_spans:
+        _show_spans(console, "what devices did meanwhile", found.device_spans, found)
+    for problem in found.problems:
+        console.print(f"[yellow]{problem}[/]", highlight=False)
+    for path in found.flames:
+        console.print(f"flame graph: {path}", highlight=False)
+    console.print(f"time line:   {found.trace}  (open it at https://ui.perfetto.dev)", highlight=False)
+
+
+def _show_spans(console: Console, title: str, spans: list[SpanTime], found: Profile) -> None:
+    table = Table(title=title, box=rich.box.SIMPLE_HEAD)
     for column in ("process", "span", "count", "total ms", "share", "mean ms", "longest ms", "GB/s"):
         table.add_column(column, justify="left" if column in ("process", "span") else "right", no_wrap=True)
-    for span in found.spans[:SHOWN]:
+    for span in spans[:SHOWN]:
         table.add_row(
             span.process,
-            span.name,
+            f"{span.track}: {span.name}" if span.track else span.name,
             f"{span.count:,}",
             f"{span.total_ms:,.1f}",
             f"{span.total_ms / found.seconds / 10:.1f} %",
@@ -92,10 +103,5 @@ def _show(console: Console, found: Profile) -> None:
             f"{span.nbytes / span.total_ms / 1e6:.2f}" if span.nbytes and span.total_ms else "",
         )
     console.print(table)
-    if len(found.spans) > SHOWN:
-        console.print(f"{len(found.spans) - SHOWN} more in {found.trace}", highlight=False)
-    for problem in found.problems:
-        console.print(f"[yellow]{problem}[/]", highlight=False)
-    for path in found.flames:
-        console.print(f"flame graph: {path}", highlight=False)
-    console.print(f"time line:   {found.trace}  (open it at https://ui.perfetto.dev)", highlight=False)
+    if len(spans) > SHOWN:
+        console.print(f"{len(spans) - SHOWN} more in {found.trace}", highlight=False)

@@ -77,7 +77,7 @@ class CupyRuntime:
 
     def __init__(self, number: int, driver: _Driver) -> None:
         """Use `open`."""
-        self._number, self._driver = number, driver
+        self.number, self._driver = number, driver
         self.uuid = _uuid(driver, number)
         with self._doing("starting to use the device"):
             api.memGetInfo()  # makes the context
@@ -85,7 +85,7 @@ class CupyRuntime:
     @contextlib.contextmanager
     def _doing(self, doing: str, mend: str = "") -> Generator[None]:
         with _translated(doing, mend):
-            api.setDevice(self._number)  # of this thread
+            api.setDevice(self.number)  # of this thread
             yield
 
     def memory(self) -> tuple[int, int]:
@@ -128,9 +128,10 @@ class CupyRuntime:
         with self._doing("freeing a stream"):
             api.streamDestroy(stream)
 
-    def new_event(self, *, shared: bool = False) -> Event:
+    def new_event(self, *, shared: bool = False, timed: bool = False) -> Event:
+        flags = _BLOCKING_SYNC | (0 if timed else _NO_TIMING) | (_SHARED if shared else 0)
         with self._doing("making an event"):
-            return Event(api.eventCreateWithFlags(_BLOCKING_SYNC | _NO_TIMING | (_SHARED if shared else 0)))
+            return Event(api.eventCreateWithFlags(flags))
 
     def free_event(self, event: Event) -> None:
         with self._doing("freeing an event"):
@@ -150,6 +151,10 @@ class CupyRuntime:
         if status not in (0, NOT_READY):
             raise failure(status, "cudaEventQuery", "looking at an event")
         return not status
+
+    def elapsed_ms(self, begin: Event, end: Event) -> float:
+        with self._doing("reading the times of events"):
+            return api.eventElapsedTime(begin, end)
 
     def synchronize(self, event: Event) -> None:
         with self._doing("copying"):

@@ -6,10 +6,14 @@ done when it is given. Knows nothing of what the work is.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Protocol, cast
 
 import torch
+
+from lmpipe.cuda.timeline import Mark, Timeline
+from lmpipe.spans import Spans
 
 SAVES, LOADS = 0, -1
 """Priorities, as CUDA has them: 0 is the lowest there is, and the engine's own; a request waits for a load."""
@@ -42,9 +46,32 @@ class Lane(Protocol):
         """The event after all work that was added until now."""
         ...
 
+    def mark(self) -> Mark:
+        """As `record`, for the time at which the device comes there."""
+        ...
+
     def empty(self, nbytes: int) -> torch.Tensor:
         """Memory, uint8 `[nbytes]`, for work of this lane alone; usable in and out of torch's inference mode."""
         ...
+
+
+class StreamMark:
+    """A timing event of CUDA in a stream."""
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._event = torch.cuda.Event(enable_timing=True)
+        self._event.record(stream)
+
+    def query(self) -> bool:
+        """Whether the device has come there."""
+        return self._event.query()
+
+    def elapsed_ms(self, later: StreamMark) -> float:
+        """On the device."""
+        return self._event.elapsed_time(later._event)
+
+    def free(self) -> None:
+        """Torch does, when nobody has it."""
 
 
 class StreamLane:
@@ -69,6 +96,10 @@ class StreamLane:
         event.record(self._stream)
         return event
 
+    def mark(self) -> StreamMark:
+        """In the stream."""
+        return StreamMark(self._stream)
+
     def empty(self, nbytes: int) -> torch.Tensor:
         """Allocated on the stream: torch's allocator may give out what others have freed but still use."""
         with torch.cuda.stream(self._stream), torch.inference_mode(False):
@@ -83,6 +114,24 @@ class _Done:
 
     def synchronize(self) -> None:
         return
+
+
+class HostMark:
+    """The time at which it was made: work of the host is done by then."""
+
+    def __init__(self) -> None:
+        self._at_ns = time.monotonic_ns()
+
+    def query(self) -> bool:
+        """It is."""
+        return True
+
+    def elapsed_ms(self, later: HostMark) -> float:
+        """On the host."""
+        return (later._at_ns - self._at_ns) / 1e6
+
+    def free(self) -> None:
+        """Nothing is kept."""
 
 
 class HostLane:
@@ -100,6 +149,10 @@ class HostLane:
         """One that has come."""
         return _Done()
 
+    def mark(self) -> HostMark:
+        """Now."""
+        return HostMark()
+
     def empty(self, nbytes: int) -> torch.Tensor:
         """Memory of the host."""
         with torch.inference_mode(False):
@@ -109,3 +162,11 @@ class HostLane:
 def lane_of(device: torch.device, priority: int) -> Lane:
     """A new lane of a device."""
     return StreamLane(device, priority) if device.type == "cuda" else HostLane()
+
+
+def timeline_of(spans: Spans, device: torch.device, lanes: Callable[[torch.device, int], Lane]) -> Timeline | None:
+    """What a device does, in the trace; None: none is recorded."""
+    if not spans.recording:
+        return None
+    name = f"GPU {device.index}" if device.type == "cuda" else "host"
+    return Timeline(spans, name, lanes(device, LOADS).mark)

@@ -16,6 +16,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager
 
 import numpy as np
 
@@ -23,9 +24,11 @@ from lmpipe import native
 from lmpipe.cuda.copy import Copies, Planes, copies_of
 from lmpipe.cuda.ipc import Allocations, close_source, plane_addresses
 from lmpipe.cuda.pinned import Pinned
-from lmpipe.cuda.runtime import Addresses, Event, Runtime
+from lmpipe.cuda.runtime import Addresses, Event, Runtime, Stream
+from lmpipe.cuda.timeline import RuntimeMark, Timeline
 from lmpipe.errors import DeviceError, DeviceLost
 from lmpipe.messages import DeviceSource, PageIds
+from lmpipe.spans import Spans
 
 BOUNCE_BYTES = 32 << 20
 GROUP_BYTES = 32 << 20
@@ -43,12 +46,20 @@ class DeviceReaders:
     """The devices whose engines gather serves, and the arena that their pages go to."""
 
     def __init__(
-        self, runtimes: Sequence[Runtime], arena: native.Region, copier: native.Copier, bounce_bytes: int = BOUNCE_BYTES
+        self,
+        runtimes: Sequence[Runtime],
+        arena: native.Region,
+        copier: native.Copier,
+        bounce_bytes: int = BOUNCE_BYTES,
+        spans: Spans | None = None,
     ) -> None:
-        """Begins to pin the arena. `copier` empties bounce buffers."""
+        """Begins to pin the arena. `copier` empties bounce buffers; the trace of `spans` shows copies as devices do
+        them.
+        """
         self.pinned = Pinned(runtimes[0], arena, "arena")
+        watched = spans if spans is not None and spans.recording else None
         self._devices = {
-            runtime.uuid: _Device(runtime, arena, self.pinned, copier, bounce_bytes) for runtime in runtimes
+            runtime.uuid: _Device(runtime, arena, self.pinned, copier, bounce_bytes, watched) for runtime in runtimes
         }
         for runtime in runtimes:
             free, total = runtime.memory()
@@ -81,12 +92,31 @@ class _Device:
     """What all readers of one device share. One copies at a time (`DeviceReader.lane`)."""
 
     def __init__(
-        self, runtime: Runtime, arena: native.Region, pinned: Pinned, copier: native.Copier, bounce_bytes: int
+        self,
+        runtime: Runtime,
+        arena: native.Region,
+        pinned: Pinned,
+        copier: native.Copier,
+        bounce_bytes: int,
+        spans: Spans | None,
     ) -> None:
         self.runtime, self.arena, self.pinned, self.copier = runtime, arena, pinned, copier
         self.allocations = Allocations(runtime)
         self.bounce_bytes = bounce_bytes
         self._bounce: native.Region | None = None
+        self._timeline: Timeline | None = None
+        if spans is not None:
+            self._references = runtime.new_stream(urgent=True)
+            self._timeline = Timeline(spans, f"GPU {runtime.number}", lambda: RuntimeMark(runtime, self._references))
+            self._track = self._timeline.track("saves by IPC")
+
+    def copying(self, stream: Stream, nbytes: int, chunks: int) -> AbstractContextManager[None]:
+        """Copies that are given to the stream within it are shown in the trace."""
+        if self._timeline is None:
+            return contextlib.nullcontext()
+        return self._timeline.work(
+            self._track, "copy to host", nbytes, chunks, lambda: RuntimeMark(self.runtime, stream)
+        )
 
     def bounce(self) -> native.Region:
         """Pinned memory for copies to what is not pinned yet."""
@@ -95,6 +125,10 @@ class _Device:
         return self._bounce
 
     def close(self) -> None:
+        timeline, self._timeline = self._timeline, None
+        if timeline is not None:
+            timeline.close()
+            self.runtime.free_stream(self._references)
         bounce, self._bounce = self._bounce, None
         if bounce is not None:
             self.runtime.free_pinned(bounce.address)
@@ -182,8 +216,9 @@ class DeviceReader:
         runtime, pinned = self._device.runtime, self._device.pinned
         payloads = offsets + np.uint64(pinned.address)
         copies, rows = copies_of(self._planes, page_ids, payloads, pinned.address, pinned.piece_bytes)
-        runtime.copy(copies.dst, copies.src, copies.nbytes, self._stream)
-        rows.start(runtime, self._stream)
+        with self._device.copying(self._stream, page_ids.size * self._planes.bytes_per_page, len(page_ids)):
+            runtime.copy(copies.dst, copies.src, copies.nbytes, self._stream)
+            rows.start(runtime, self._stream)
 
     def _by_bounce(self, page_ids: PageIds, offset: int, nbytes: int) -> None:
         """One chunk, a window of its payload at a time."""
@@ -194,9 +229,10 @@ class DeviceReader:
         for start in range(0, nbytes, device.bounce_bytes):
             part = copies.dst // window == start // device.bounce_bytes
             there = Copies(copies.dst[part] % window + np.uint64(bounce.address), copies.src[part], copies.nbytes[part])
-            device.runtime.copy(there.dst, there.src, there.nbytes, self._stream)
-            self._sleep()
             size = min(device.bounce_bytes, nbytes - start)
+            with device.copying(self._stream, size, 1):
+                device.runtime.copy(there.dst, there.src, there.nbytes, self._stream)
+            self._sleep()
             device.copier.memcpy(device.arena, offset + start, bounce, 0, size)
 
     def _sleep(self) -> None:

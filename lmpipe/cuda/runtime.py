@@ -73,6 +73,11 @@ class Runtime(Protocol):
         """`GPU-` and the device's UUID: the same in every process, whatever devices it sees."""
         ...
 
+    @property
+    def number(self) -> int:
+        """Among the devices that this process sees."""
+        ...
+
     def memory(self) -> tuple[int, int]:
         """Bytes of the device that are free, and all."""
         ...
@@ -113,8 +118,10 @@ class Runtime(Protocol):
         """What it was given is still done."""
         ...
 
-    def new_event(self, *, shared: bool = False) -> Event:
-        """An event for which threads sleep. `shared`: it can be exported."""
+    def new_event(self, *, shared: bool = False, timed: bool = False) -> Event:
+        """An event for which threads sleep. `shared`: it can be exported; `timed`: it notes when it is reached. Not
+        both.
+        """
         ...
 
     def free_event(self, event: Event) -> None:
@@ -131,6 +138,10 @@ class Runtime(Protocol):
 
     def reached(self, event: Event) -> bool:
         """Whether the event is reached; never waits."""
+        ...
+
+    def elapsed_ms(self, begin: Event, end: Event) -> float:
+        """Between two `timed` events that were reached, on the device's clock, as fp32."""
         ...
 
     def synchronize(self, event: Event) -> None:

@@ -8,7 +8,7 @@ events are what callers get, and no lane waits for the other.
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -18,6 +18,7 @@ import torch
 from lmpipe.cuda.lanes import Event, Lane
 from lmpipe.cuda.pages import WIDEST_ACCESS
 from lmpipe.cuda.pieces import Piece
+from lmpipe.cuda.timeline import Timeline
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,14 +27,28 @@ class Staged:
 
     lane: Lane
     buffer: torch.Tensor
+    timeline: Timeline | None = None
+    track: int = 0
+
+    def run(self, name: str, nbytes: int, chunks: int, work: Callable[[], None]) -> None:
+        """Add work to the lane; a trace shows it under this name, with its bytes and chunks."""
+        if self.timeline is None:
+            self.lane.run(work)
+            return
+        with self.timeline.work(self.track, name, nbytes, chunks, self.lane.mark):
+            self.lane.run(work)
 
 
 class Staging:
     """Work is added within `transfer`. Buffers grow to what was asked of them."""
 
-    def __init__(self, lanes: Sequence[Lane]) -> None:
-        """`lanes`: three."""
+    def __init__(self, lanes: Sequence[Lane], name: str = "", timeline: Timeline | None = None) -> None:
+        """`lanes`: three; `name`: of the direction, for the tracks of the timeline."""
         *self._lanes, self._join = lanes
+        self._timeline = timeline
+        self._tracks = [
+            timeline.track(f"{name}, lane {number}") if timeline else 0 for number, _ in enumerate(self._lanes, 1)
+        ]
         self._buffers: list[torch.Tensor | None] = [None for _ in self._lanes]
         self._turn = 0
         self._lock = threading.Lock()
@@ -61,7 +76,7 @@ class Staging:
         lane, buffer = self._lanes[self._turn], self._buffers[self._turn]
         if buffer is None or len(buffer) < nbytes:
             buffer = self._buffers[self._turn] = lane.empty(nbytes)
-        return Staged(lane, buffer)
+        return Staged(lane, buffer, self._timeline, self._tracks[self._turn])
 
     def joined(self) -> Event:
         """After all that was added."""

@@ -24,6 +24,7 @@ from lmpipe.shm.segment import Segment
 from lmpipe.shm.session import Session, SessionDir
 from lmpipe.shm.slots import SlotOwner
 from lmpipe.shm.table import SlotTable
+from lmpipe.spans import Spans
 from lmpipe.stages.base import Context, Stage
 from lmpipe.stages.compress import Compress
 from lmpipe.stages.gather import Gather
@@ -57,8 +58,8 @@ C = TypeVar("C", bound=_Closable)
 class Parts:
     """Segments, holds, indexes and tiers of one process, each made when a stage first asks, closed with `undo`."""
 
-    def __init__(self, info: NodeInfo, session: Session, undo: contextlib.ExitStack) -> None:
-        self._info, self._session, self._undo = info, session, undo
+    def __init__(self, info: NodeInfo, session: Session, spans: Spans, undo: contextlib.ExitStack) -> None:
+        self._info, self._session, self._spans, self._undo = info, session, spans, undo
         self._topology, self._paths = info.topology, info.paths
         self._sessions = SessionDir(info.paths.path)
 
@@ -107,9 +108,8 @@ class Parts:
             from lmpipe.cuda.readers import DeviceReaders  # noqa: PLC0415
         except ImportError as error:
             raise DeviceError(f"engines.devices: CuPy cannot be loaded ({error}): pip install 'lmpipe[gpu]'") from None
-        return self._closing(
-            DeviceReaders([open_device(name) for name in self._topology.engines.devices], arena, copier)
-        )
+        runtimes = [open_device(name) for name in self._topology.engines.devices]
+        return self._closing(DeviceReaders(runtimes, arena, copier, spans=self._spans))
 
     def _compress(self, context: Context) -> Stage:
         below = [tier for tier in self._topology.tier_names if tier is not Tier.DRAM]

@@ -48,7 +48,7 @@ def run_worker(run_dir: Path, process: str, ready_fd: int | None) -> int:
         undo.callback(counters.close, unlink=False)
         spans = Spans(process, paths.trace(process) if topology.profile.trace else None)
         undo.callback(spans.close)
-        parts = Parts(info, session, undo)
+        parts = Parts(info, session, spans, undo)
         cpus = next(p.cpus for p in topology.processes if p.name == process)
         beat_s, sessions = topology.heartbeat_ms / 1000, SessionDir(paths.path)
         runner = Runner(counters, spans, heartbeat_s=beat_s, drain_s=DRAIN_S, cpus=cpus, alive=sessions.alive)

@@ -56,7 +56,7 @@ def test_how_to_run_under_nsight_systems_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(cli_profile, "profile", lambda *_: profiler.Profile(tmp_path, [], [], 1.0, []))
+    monkeypatch.setattr(cli_profile, "profile", lambda *_: profiler.Profile(tmp_path, [], [], [], 1.0, []))
     assert main(["profile", str(SHIPPED / "local.yaml"), "--nsys", "--seconds", "1", "--out", str(tmp_path)]) == 1
     said = capsys.readouterr().out.replace("\n", " ")
     assert "Nsight Systems is not installed; with it: nsys profile --trace=cuda,nvtx,osrt" in said

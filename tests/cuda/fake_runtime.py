@@ -71,7 +71,7 @@ class FakeRuntime:
     """A device as one process sees it. Two of one directory are two processes, in one or in several real ones."""
 
     def __init__(self, directory: Path, number: int = 0, *, pin_limit: int = 1 << 40) -> None:
-        self.directory, self.pin_limit = directory, pin_limit
+        self.directory, self.number, self.pin_limit = directory, number, pin_limit
         self.uuid = f"GPU-00000000-0000-0000-0000-{number:012d}"
         self.process = secrets.token_bytes(16)
         (directory / f"process-{self.process.hex()}").write_text(str(os.getpid()))
@@ -81,6 +81,8 @@ class FakeRuntime:
         self._allocations: dict[int, _Allocation] = {}
         self._closed: list[tuple[int, _Mapping]] = []
         self._events: dict[int, _EventState] = {}
+        self._reached_ns: dict[int, int] = {}
+        """Of timed events, on the device's clock; 0: not yet."""
         self._streams: dict[int, _StreamState] = {}
         self._pins: dict[int, int] = {}
         self._pinned: dict[int, npt.NDArray[np.uint8]] = {}
@@ -108,6 +110,10 @@ class FakeRuntime:
     def die(self) -> None:
         """The process is no more; whoever opened its memory keeps it."""
         (self.directory / f"process-{self.process.hex()}").unlink(missing_ok=True)
+
+    def clock_ns(self) -> int:
+        """The device's own: it began at another time than the host's, and goes faster by one in a thousand."""
+        return 7_000_000_000 + time.monotonic_ns() * 1001 // 1000
 
     def fault(self, status: int = rt.ILLEGAL_ADDRESS) -> None:
         """From here on every call fails."""
@@ -205,15 +211,18 @@ class FakeRuntime:
         self._drain(self._streams[stream], lambda: False)
         del self._streams[stream]
 
-    def new_event(self, *, shared: bool = False) -> Event:
-        self._check("making an event")
+    def new_event(self, *, shared: bool = False, timed: bool = False) -> Event:
+        self._check("making an event", rt.INVALID_VALUE if shared and timed else 0)
         event = Event(next(self._names))
+        if timed:
+            self._reached_ns[event] = 0
         self._events[event] = _EventState(self.directory, secrets.token_bytes(16), make=True)
         return event
 
     def free_event(self, event: Event) -> None:
         self._check("freeing an event", 0 if event in self._events else rt.INVALID_HANDLE)
         del self._events[event]
+        self._reached_ns.pop(event, None)
 
     def record(self, event: Event, stream: Stream) -> None:
         self._check("recording")
@@ -223,6 +232,8 @@ class FakeRuntime:
 
         def reached() -> None:
             words[1] = record
+            if event in self._reached_ns:
+                self._reached_ns[event] = self.clock_ns()
 
         self.launch(stream, reached)
 
@@ -239,6 +250,12 @@ class FakeRuntime:
         for stream in list(self._streams.values()):
             self._drain(stream, lambda: words[1] >= record)
         return bool(words[1] >= record)
+
+    def elapsed_ms(self, begin: Event, end: Event) -> float:
+        times_ns = [self._reached_ns.get(event) for event in (begin, end)]
+        self._check("reading times", rt.INVALID_HANDLE if None in times_ns else rt.NOT_READY if 0 in times_ns else 0)
+        began_ns, ended_ns = (time_ns or 0 for time_ns in times_ns)
+        return float(np.float32((ended_ns - began_ns) / 1e6))
 
     def synchronize(self, event: Event) -> None:
         _until(lambda: self.reached(event))

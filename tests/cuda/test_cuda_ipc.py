@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,13 @@ import pytest
 from fake_runtime import FakeRuntime
 
 from lmpipe import native
-from lmpipe.cuda import readers
+from lmpipe.cuda import readers, timeline
 from lmpipe.cuda.ipc import Allocations, ExportedPages
 from lmpipe.cuda.readers import DeviceReader, DeviceReaders
 from lmpipe.cuda.runtime import NOT_SUPPORTED, STICKY, Runtime, failure
 from lmpipe.errors import DeviceError, DeviceLost, ProtocolViolation
 from lmpipe.messages import DeviceSource
+from lmpipe.spans import Spans, read_trace
 
 PAGE, PAGES, PLANES = 256, 16, 4
 ARENA = 1 << 20
@@ -55,13 +57,15 @@ class EngineProcess:
 class GatherProcess:
     """An arena and the readers of it."""
 
-    def __init__(self, directory: Path, *, bounce_bytes: int = 1 << 20, pin_limit: int = 1 << 40) -> None:
+    def __init__(
+        self, directory: Path, *, bounce_bytes: int = 1 << 20, pin_limit: int = 1 << 40, spans: Spans | None = None
+    ) -> None:
         self.runtime = FakeRuntime(directory, pin_limit=pin_limit)
         self.memory = np.zeros(ARENA + 4096, np.uint8)
         start = -self.memory.ctypes.data % 4096
         self.arena = self.memory[start : start + ARENA]
         region = native.Region.at(self.arena.ctypes.data, ARENA, True, self.memory)
-        self.readers = DeviceReaders([self.runtime], region, native.Copier(1), bounce_bytes)
+        self.readers = DeviceReaders([self.runtime], region, native.Copier(1), bounce_bytes, spans)
         self.readers.pinned.wait(10)
 
     def payload(self, offset: int) -> bytes:
@@ -174,6 +178,31 @@ def test_what_is_not_pinned_goes_through_a_bounce_buffer(directory: Path, bounce
     reader.close()
     gather.readers.close()
     assert not gather.runtime.pinned_now
+
+
+@pytest.mark.parametrize("bounce_bytes", [0, 1000])
+def test_a_trace_shows_when_the_device_copied(directory: Path, bounce_bytes: int) -> None:
+    """Directly or through a bounce buffer; by the host's clock, which is not the device's."""
+    spans = Spans("gather", directory / "trace.json")
+    limit = {"bounce_bytes": bounce_bytes, "pin_limit": bounce_bytes} if bounce_bytes else {}
+    gather, engine = GatherProcess(directory, spans=spans, **limit), EngineProcess(directory)
+    reader = gather.readers.open(engine.exported.source, alive)
+    before_ns = time.monotonic_ns()
+    reader.gather(IDS, OFFSETS)
+    after_ns = time.monotonic_ns()
+    spans.flush()
+    reader.close()
+    gather.readers.close()
+    assert not gather.runtime.streams_and_events and not spans.dropped
+    (track,) = (event for event in read_trace(directory / "trace.json") if event["name"] == "thread_name")
+    assert track["args"]["name"] == "GPU 0: saves by IPC"
+    copies = [event for event in read_trace(directory / "trace.json") if event["ph"] == "X"]
+    assert len(copies) == (1 if not bounce_bytes else 2 * -(-CHUNK // bounce_bytes))
+    assert {(event["name"], event["tid"]) for event in copies} == {("copy to host", track["tid"])}
+    assert sum(event["args"]["bytes"] for event in copies) == 2 * CHUNK
+    slack_ns = timeline.PATIENCE_NS + (time.monotonic_ns() - before_ns) // 1000  # the clocks' rates differ by so much
+    assert all(before_ns - slack_ns <= event["ts"] * 1000 <= after_ns + slack_ns for event in copies)
+    spans.close()
 
 
 def refused(call: Callable[[], object], text: str) -> None:

@@ -18,6 +18,7 @@ from fake_runtime import FakeRuntime
 from lmpipe import KVLayout, native
 from lmpipe.cuda.ipc import ExportedPages
 from lmpipe.producer import Producer
+from lmpipe.spans import read_trace
 from lmpipe.testing import Node
 
 HERE = Path(__file__).parent
@@ -90,7 +91,7 @@ class Engine:
 
 def test_saves_from_two_devices_and_a_sticky_error(directory: Path) -> None:
     """Ranks as shards; a fault ends gather, whose successor opens the pages again."""
-    with Node({**DRAM_ONLY, "engines": {"devices": [0, 1]}}) as node:
+    with Node({**DRAM_ONLY, "engines": {"devices": [0, 1]}, "profile": {"trace": True}}) as node:
         engines = [Engine(node, directory, shard, 2) for shard in range(2)]
         assert all(engine.producer.wait_ready(30) for engine in engines)
         assert all(engine.save(1) for engine in engines)
@@ -113,6 +114,15 @@ def test_saves_from_two_devices_and_a_sticky_error(directory: Path) -> None:
         until(lambda: engines[-1].producer.wait_ready(1) and engines[-1].save(4))
         for engine in engines:
             engine.close()
+        until(lambda: len({process for process, _ in copies_in_the_trace(node)}) > 1)
+        assert {track for _, track in copies_in_the_trace(node)} == {f"GPU {device}: saves by IPC" for device in (0, 1)}
+
+
+def copies_in_the_trace(node: Node) -> set[tuple[int, str]]:
+    """Which gathers copied, by their pids, and the tracks on which that is shown."""
+    events = read_trace(node.paths.trace("gather"))
+    tracks = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    return {(e["pid"], tracks[e["pid"], e["tid"]]) for e in events if e["name"] == "copy to host"}
 
 
 def gather_of(node: Node) -> int:

@@ -155,6 +155,10 @@ def test_every_call_names_its_device_first(api: Api) -> None:
     runtime.free_stream(stream)
     assert runtime.memory() == (1, 2) and runtime.open_event(bytes(64)) == 7
     assert runtime.export_memory(4096) == bytes(64)
+    api.calls.clear()
+    begin, end = runtime.new_event(timed=True), runtime.new_event(timed=True)
+    assert runtime.elapsed_ms(begin, end) == 7 and runtime.number == 1
+    assert api.calls[1::2] == [("eventCreateWithFlags", 1)] * 2 + [("eventElapsedTime", 7, 7)]
 
 
 @pytest.mark.parametrize("batched", [True, False])
