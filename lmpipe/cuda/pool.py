@@ -200,8 +200,9 @@ class DevicePool:
             for row, chunk in zip(staged_rows, piece.chunks, strict=True):
                 hosts[chunk][piece.at : piece.at + piece.nbytes].copy_(row, non_blocking=True)
 
-        staged.lane.run(gather)
-        staged.lane.run(copy)
+        nbytes, chunks = staged_rows.numel(), len(piece.chunks)
+        staged.run("gather", nbytes, chunks, gather)
+        staged.run("copy to host", nbytes, chunks, copy)
 
     def _in(self, staged: Staged, piece: Piece, page_ids: PageIds, hosts: list[torch.Tensor]) -> None:
         staged_rows = rows(staged.buffer, piece)
@@ -214,8 +215,9 @@ class DevicePool:
             ids = self._ids(page_ids, piece)
             paging.scatter(self.pages, ids, staged_rows, planes=piece.planes, programs=self._programs)
 
-        staged.lane.run(copy)
-        staged.lane.run(scatter)
+        nbytes, chunks = staged_rows.numel(), len(piece.chunks)
+        staged.run("copy from host", nbytes, chunks, copy)
+        staged.run("scatter", nbytes, chunks, scatter)
 
     def _encode(
         self,
@@ -242,7 +244,7 @@ class DevicePool:
                 except CannotEncode:
                     lengths[chunk] = -1
 
-        staged.lane.run(work)
+        staged.run("encode", self.chunk_bytes(page_ids) * len(group), len(group), work)
         written = staged.lane.record()
 
         def finish() -> None:
@@ -261,7 +263,7 @@ class DevicePool:
                 for chunk, nbytes in known.items():
                     hosts[chunk][HEADER_BYTES : HEADER_BYTES + nbytes].copy_(places[chunk][:nbytes], non_blocking=True)
 
-            staged.lane.run(copy)
+            staged.run("copy to host", sum(known.values()), len(known), copy)
 
         return finish
 
@@ -288,8 +290,8 @@ class DevicePool:
                 except FormatError as error:
                     decoded.refused[chunk] = str(error)
 
-        staged.lane.run(copy)
-        staged.lane.run(decode)
+        staged.run("copy from host", sum(map(len, places)), len(places), copy)
+        staged.run("decode", self.chunk_bytes(page_ids) * len(places), len(places), decode)
 
     def _cut(self, page_ids: PageIds, planes: range) -> list[Piece]:
         chunks, count = page_ids.shape

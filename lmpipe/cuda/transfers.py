@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from lmpipe.cuda.lanes import LOADS, SAVES, Lane, lane_of
+from lmpipe.cuda.lanes import LOADS, SAVES, Lane, lane_of, timeline_of
 from lmpipe.cuda.staging import Staging
 from lmpipe.spans import Spans
 
@@ -39,7 +39,8 @@ class Transfers:
             piece_bytes: of a raw transfer at a time.
             programs: of each kernel.
             lanes: makes a lane of a device and a priority.
-            spans: takes the time in which transfers are launched, with their raw bytes; nvtx ranges alone by default.
+            spans: takes the time in which transfers are launched, with their raw bytes, and into a trace when the
+                device did them; nvtx ranges alone by default.
 
         Raises:
             ValueError: a piece does not fit the buffer.
@@ -49,10 +50,13 @@ class Transfers:
         self.device = torch.empty(0, device=device).device  # with its number
         self.staging_bytes, self.piece_bytes, self.programs = staging_bytes, piece_bytes, programs
         self.spans = spans or Spans("engine")
-        self.saves = Staging([lanes(device, SAVES) for _ in range(3)])
-        self.loads = Staging([lanes(device, LOADS) for _ in range(3)])
+        self._timeline = timeline_of(self.spans, self.device, lanes)
+        self.saves = Staging([lanes(device, SAVES) for _ in range(3)], "saves", self._timeline)
+        self.loads = Staging([lanes(device, LOADS) for _ in range(3)], "loads", self._timeline)
 
     def close(self) -> None:
         """Wait for what runs, then give the staging memory back."""
         for direction in (self.saves, self.loads):
             direction.close()
+        if self._timeline is not None:
+            self._timeline.close()

@@ -11,6 +11,7 @@ import yaml
 from lmpipe import profiler
 from lmpipe.cli import main
 from lmpipe.cli import profile as cli_profile
+from lmpipe.spans import Spans, read_trace
 from lmpipe.testing import small_topology
 
 SHIPPED = Path(__file__).parents[2] / "topologies"
@@ -97,6 +98,35 @@ def test_span_times_add_up() -> None:
     line = profiler.one_time_line(events)
     assert [event["ts"] for event in line if event["ph"] == "X"] == [0.0, 4000.0]
     assert {"name": "loop"} in [event["args"] for event in line if event["name"] == "thread_name"]
+
+
+def test_what_devices_did_is_counted_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tracks have the names that they were given, and stand below the threads."""
+    spans = Spans("engine", tmp_path / "trace.json")
+    tracks = [spans.track(f"GPU 0: saves, lane {lane}") for lane in (1, 2)]
+    with spans.span("gpu.save", 4096):
+        pass
+    for track in (*tracks, tracks[1]):
+        spans.add("copy to host", 5_000_000, 8_000_000, 3_000_000, 1, track)
+    spans.close()
+    events = read_trace(tmp_path / "trace.json")
+    times = {(time.track, time.name): time for time in profiler.span_times(events)}
+    assert {time.process for time in times.values()} == {"engine"}
+    assert set(times) == {("", "gpu.save"), *((f"GPU 0: saves, lane {lane}", "copy to host") for lane in (1, 2))}
+    twice = times["GPU 0: saves, lane 2", "copy to host"]
+    assert (twice.count, twice.total_ms, twice.nbytes) == (2, 6.0, 6_000_000)
+    line = profiler.one_time_line(events)
+    named = [(event["tid"], event["args"]["name"]) for event in line if event["name"] == "thread_name"]
+    assert [name for tid, name in named if tid in tracks] == ["GPU 0: saves, lane 1", "GPU 0: saves, lane 2"]
+    assert [event["tid"] for event in line if event["name"] == "thread_sort_index"] == tracks
+    found = profiler.Profile(tmp_path, [], [times["", "gpu.save"]], [twice], 1.0, [])
+    monkeypatch.setattr(cli_profile, "profile", lambda *_: found)
+    assert main(["profile", str(SHIPPED / "local.yaml"), "--out", str(tmp_path)]) == 0
+    host, device = capsys.readouterr().out.split("what devices did meanwhile")
+    assert "gpu.save" in host and "GPU 0" not in host
+    assert "GPU 0: saves, lane 2: copy to host" in device and "1.00" in device
 
 
 def test_a_wrong_topology_is_wrong_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,6 +28,8 @@ class DeferredDevice:
         self.launches = launches
         self.lanes: list[DeferredLane] = []
         self.asked: list[int] = []
+        self.clock = 0
+        """Counts what it has done."""
 
     def lane(self, _: torch.device, priority: int) -> DeferredLane:
         """What a pool makes its lanes with."""
@@ -41,6 +43,7 @@ class DeferredDevice:
         for lane in ready:
             if lane.steps[0]():
                 lane.steps.popleft()
+                self.clock += 1
                 return True
         return False
 
@@ -60,6 +63,26 @@ class DeferredEvent:
         """Let the device work until it comes."""
         while not self.come:
             assert self.device.step(), "the lanes wait for each other"
+
+
+@dataclass(eq=False)
+class DeferredMark(DeferredEvent):
+    """Knows when it has come."""
+
+    at: int = 0
+
+    def reach(self) -> bool:
+        """Come."""
+        self.come, self.at = True, self.device.clock
+        return True
+
+    def elapsed_ms(self, later: DeferredMark) -> float:
+        """A thing done takes a millisecond."""
+        assert self.come and later.come
+        return later.at - self.at
+
+    def free(self) -> None:
+        """Nothing is kept."""
 
 
 @dataclass(eq=False)
@@ -93,6 +116,14 @@ class DeferredLane:
 
         self.steps.append(step)
         return event
+
+    def mark(self) -> DeferredMark:
+        mark = DeferredMark(self.device)
+        if self.steps:
+            self.steps.append(mark.reach)
+        else:
+            mark.reach()  # it has nothing else to do
+        return mark
 
     def empty(self, nbytes: int) -> torch.Tensor:
         self.device.asked.append(nbytes)
