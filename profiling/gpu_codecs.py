@@ -1,7 +1,7 @@
 """The codecs' GPU kernels: bytes of bf16 per second against a copy within the device's memory; or all kernels compiled.
 
     python profiling/gpu_codecs.py                 on a GPU; figures on stdout
-    python profiling/gpu_codecs.py --compile 90    for that compute capability, no GPU needed
+    python profiling/gpu_codecs.py --compile 90    for that compute capability, or gfx942 and the like; no GPU needed
 
 Pages are those of `lmpipe bench save`: 32 layers x 8 heads x 128, bf16, 16 tokens, in random order. A chunk has 256
 tokens (32 MiB), and 16 of them take turns, so that no cache holds them. Inside the clock, which is the device's, is
@@ -110,14 +110,48 @@ def chunks(layout: KVLayout, count: int, device: str) -> list[Chunk]:
 # ---- without a GPU
 
 
+@dataclass(frozen=True)
+class Assembly:
+    """Where a backend of Triton leaves its code, and what in it is of interest here, as regular expressions."""
+
+    text: str
+    binary: str
+    wide_load: str
+    wide_store: str
+    inexact: str
+    """Of multiplications and additions in one, which round otherwise than both."""
+    division: str = "$^"
+    """An exact one; it has five of these in it."""
+
+
+ASSEMBLIES = {
+    "cuda": Assembly("ptx", "cubin", r"ld\.global\.v4", r"st\.global\.v4", r"fma\.rn\.f32|div\.(full|approx)|\.ftz"),
+    "hip": Assembly(
+        "amdgcn",
+        "hsaco",
+        r"(global|buffer)_load_dwordx4",
+        r"(global|buffer)_store_dwordx4",
+        r"v_(pk_)?(fma|fmac|mad)_f32",
+        "v_div_fixup_f32",
+    ),
+}
+
+
+def target(architecture: str) -> GPUTarget:
+    """Of a compute capability, or of an AMD architecture."""
+    if architecture.startswith("gfx"):
+        return GPUTarget("hip", architecture, 64)
+    return GPUTarget("cuda", int(architecture), 32)
+
+
 class CompileOnly:
     """The part of a driver that Triton asks before it compiles."""
 
-    def __init__(self, capability: int) -> None:
-        self._capability = capability
+    def __init__(self, architecture: str) -> None:
+        self._target = target(architecture)
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self._capability, 32)
+        return self._target
 
     def get_current_device(self) -> int:
         return 0
@@ -126,21 +160,22 @@ class CompileOnly:
         return 0
 
 
-def compile_all(capability: int, dtypes: list[str]) -> None:
+def compile_all(architecture: str, dtypes: list[str]) -> None:
     """Compile every kernel as it would be launched, and say what became of it."""
-    triton.runtime.driver.set_active(CompileOnly(capability))
+    triton.runtime.driver.set_active(CompileOnly(architecture))
+    assembly = ASSEMBLIES[target(architecture).backend]
     run = triton.JITFunction.run
 
     def compiled(self: triton.JITFunction, *args: object, grid: object, warmup: bool, **kwargs: object) -> None:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        ptx = kernel.asm["ptx"]
-        moves = {way: "v4" if re.search(rf"{way}\.global\.v4", ptx) else "-" for way in ("ld", "st")}
-        inexact = len(re.findall(r"fma\.rn\.f32|div\.(full|approx)|\.ftz", ptx))
+        text = kernel.asm[assembly.text]
+        load, store = ("v4" if re.search(way, text) else "-" for way in (assembly.wide_load, assembly.wide_store))
+        inexact = len(re.findall(assembly.inexact, text)) - 5 * len(re.findall(assembly.division, text))
         kind = kwargs["DTYPE"] if "DTYPE" in kwargs else f"{kwargs['ITEM']}x{kwargs['WORDS']}"
         print(
-            f"{self.fn.__module__}.{self.__name__} {kind} sm_{capability}:"
-            f" {len(kernel.asm['cubin'])} bytes, {kernel.metadata.shared} shared,"
-            f" widest load {moves['ld']}, store {moves['st']}, inexact {inexact}"
+            f"{self.fn.__module__}.{self.__name__} {kind} {architecture}:"
+            f" {len(kernel.asm[assembly.binary])} bytes, {kernel.metadata.shared} shared,"
+            f" widest load {load}, store {store}, inexact {inexact}"
         )
 
     triton.JITFunction.run = compiled
@@ -226,7 +261,9 @@ def measure() -> None:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--compile", type=int, metavar="CAPABILITY", help="compile only, such as 90 for an H100")
+    parser.add_argument(
+        "--compile", metavar="ARCHITECTURE", help="compile only, such as for 90 (an H100) or gfx942 (an MI300)"
+    )
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16", "float32"], help="to compile for")
     arguments = parser.parse_args()
     if arguments.compile:

@@ -19,11 +19,14 @@ KERNELS = {
 
 
 @pytest.mark.timeout(400)
-def test_all_kernels_compile_for_hopper(tmp_path: Path) -> None:
-    """To machine code; pages are read and written 16 bytes at a time, and no operation is one that rounds otherwise."""
+@pytest.mark.parametrize("architecture", ["90", "gfx942"])
+def test_all_kernels_compile(architecture: str, tmp_path: Path) -> None:
+    """For Hopper and for AMD's MI300, to machine code; pages are read and written 16 bytes at a time, and no operation
+    is one that rounds otherwise.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, SCRIPT, "--compile", "90", "--dtypes", "bfloat16"],
+        [sys.executable, SCRIPT, "--compile", architecture, "--dtypes", "bfloat16"],
         env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
         capture_output=True,
         text=True,
