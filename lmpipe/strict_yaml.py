@@ -20,7 +20,7 @@ Size = Annotated[int, msgspec.Meta(gt=0, le=1 << 60, extra={"unit": "bytes"})]
 """A number of bytes, written as one or with a unit: 4096, "64KiB", 1.5GiB, 2GB."""
 
 Device = Annotated[str, msgspec.Meta(max_length=40, extra={"names": "device"})]
-"""A GPU: its UUID, as `nvidia-smi -L` shows it, or its index among the visible ones, written as a number."""
+"""A GPU: its UUID, as `nvidia-smi -L` or rocminfo shows it, or its index among the visible ones, as a number."""
 
 UNITS = (
     {"B": 1}
@@ -29,7 +29,9 @@ UNITS = (
 )
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([A-Za-z]+)", re.ASCII)
 _INT = re.compile(r"[+-]?(?:0|[1-9][0-9_]*)", re.ASCII)
-_DEVICE = re.compile(r"[0-9]{1,3}|(GPU|MIG)-[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", re.ASCII)
+_DEVICE = re.compile(
+    r"[0-9]{1,3}|(GPU|MIG)-[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}|GPU-[0-9a-fA-F]{16}", re.ASCII
+)
 _MAX_TEXT = 1 << 20
 _BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 

@@ -283,9 +283,9 @@ UUID = "GPU-00112233-4455-6677-8899-AABBCCddeeff"
 
 
 def test_devices_by_number_or_uuid() -> None:
-    text = MINIMAL + f"engines: {{devices: [0, '1', {UUID}, {UUID.replace('GPU', 'MIG')}]}}\n"
+    text = MINIMAL + f"engines: {{devices: [0, '1', {UUID}, {UUID.replace('GPU', 'MIG')}, GPU-0123456789abcdef]}}\n"
     found = parse(text).engines.devices
-    assert found == ["0", "1", UUID, UUID.replace("GPU", "MIG")]
+    assert found == ["0", "1", UUID, UUID.replace("GPU", "MIG"), "GPU-0123456789abcdef"]
 
 
 @pytest.mark.parametrize(

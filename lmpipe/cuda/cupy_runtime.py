@@ -1,7 +1,7 @@
 """`Runtime` by CuPy's runtime, which is CUDA's or HIP's, and the driver's library for what CuPy leaves out.
 
 CuPy has no address ranges, no UUIDs of devices and no batched copies. These are asked of libcuda (libamdhip64 under
-HIP) with ctypes, whose devices, streams and addresses are the runtime's own.
+HIP) with ctypes, whose devices, streams and addresses are the runtime's own. Under HIP it lacks more (hip.py).
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from collections.abc import Callable, Generator
 import numpy as np
 from cupy.cuda import runtime as api
 
+from lmpipe.cuda import hip
+from lmpipe.cuda.hip import RuntimeCalls
 from lmpipe.cuda.runtime import (
     NOT_EXPORTABLE,
     NOT_PINNABLE,
@@ -58,14 +60,19 @@ class _Driver:
     """The functions of the driver's library that CuPy does not have. Raises DeviceError when there is no library."""
 
     def __init__(self) -> None:
-        name, prefix = ("libamdhip64.so", "hip") if api.is_hip else ("libcuda.so.1", "cu")
+        name, prefix = (hip.library_path(), "hip") if api.is_hip else ("libcuda.so.1", "cu")
         try:
             library = ctypes.CDLL(name)
         except OSError as error:
             raise DeviceError(f"the driver's library {name} cannot be loaded: {error}; install the driver") from None
         version = "" if api.is_hip else "_v2"
-        self.address_range = library[f"{prefix}MemGetAddressRange{version}"]
-        self.uuid = library[f"{prefix}DeviceGetUuid{version}"]
+        try:
+            self.calls: RuntimeCalls = hip.HipCalls(library, api.CUDARuntimeError) if api.is_hip else api
+            self.address_range = library[f"{prefix}MemGetAddressRange{version}"]
+            self.uuid = library[f"{prefix}DeviceGetUuid{version}"]
+        except AttributeError as error:  # the name, or the linker's text
+            lacks = str(error).rpartition(" ")[2]
+            raise DeviceError(f"the driver's library {name} has no {lacks}: install a newer driver or ROCm") from None
         self.batch: Callable[..., int] | None = None
         if not api.is_hip:
             with contextlib.suppress(AttributeError):  # from driver 570 on (CUDA 12.8)
@@ -97,7 +104,7 @@ class CupyRuntime:
         with self._doing("finding the allocation of an address"):
             status = self._driver.address_range(ctypes.byref(base), ctypes.byref(nbytes), ctypes.c_size_t(address))
         if status:
-            raise failure(status, "cuMemGetAddressRange", f"{address:#x} is no memory of the device")
+            raise failure(status, "MemGetAddressRange", f"{address:#x} is no memory of the device")
         return base.value, nbytes.value
 
     def export_memory(self, base: int) -> bytes:
@@ -114,15 +121,15 @@ class CupyRuntime:
 
     def export_event(self, event: Event) -> bytes:
         with self._doing("exporting an event"):
-            return api.ipcGetEventHandle(event)
+            return self._driver.calls.ipcGetEventHandle(event)
 
     def open_event(self, handle: bytes) -> Event:
         with self._doing("opening an engine's event"):
-            return Event(api.ipcOpenEventHandle(handle))
+            return Event(self._driver.calls.ipcOpenEventHandle(handle))
 
     def new_stream(self, *, urgent: bool) -> Stream:
         with self._doing("making a stream"):
-            return Stream(api.streamCreateWithPriority(_NON_BLOCKING, _HIGHEST if urgent else _LOWEST))
+            return Stream(self._driver.calls.streamCreateWithPriority(_NON_BLOCKING, _HIGHEST if urgent else _LOWEST))
 
     def free_stream(self, stream: Stream) -> None:
         with self._doing("freeing a stream"):
@@ -166,11 +173,11 @@ class CupyRuntime:
 
     def pin(self, address: int, nbytes: int) -> None:
         with self._doing("pinning memory", NOT_PINNABLE):
-            api.hostRegister(address, nbytes, _PORTABLE)
+            self._driver.calls.hostRegister(address, nbytes, _PORTABLE)
 
     def unpin(self, address: int) -> None:
         with self._doing("unpinning memory"):
-            api.hostUnregister(address)
+            self._driver.calls.hostUnregister(address)
 
     def new_pinned(self, nbytes: int) -> int:
         with self._doing("taking pinned memory", NOT_PINNABLE):
@@ -194,7 +201,7 @@ class CupyRuntime:
         self, dst: int, dst_pitch: int, src: int, src_pitch: int, row_bytes: int, rows: int, stream: Stream
     ) -> None:
         with self._doing("copying"):
-            api.memcpy2DAsync(dst, dst_pitch, src, src_pitch, row_bytes, rows, _ANY_DIRECTION, stream)
+            self._driver.calls.memcpy2DAsync(dst, dst_pitch, src, src_pitch, row_bytes, rows, _ANY_DIRECTION, stream)
 
 
 def _copy_batch(batch: Callable[..., int], dst: Addresses, src: Addresses, nbytes: Addresses, stream: Stream) -> None:
@@ -240,9 +247,11 @@ def _translated(doing: str, mend: str = "") -> Generator[None]:
 
 
 def _uuid(driver: _Driver, number: int) -> str:
-    """As nvidia-smi writes it. A runtime's number of a device is the driver's."""
+    """As nvidia-smi writes it, or rocminfo. A runtime's number of a device is the driver's."""
     raw = (ctypes.c_ubyte * 16)()
     if status := driver.uuid(ctypes.byref(raw), ctypes.c_int(number)):
-        raise failure(status, "cuDeviceGetUuid", f"asking device {number} for its UUID")
+        raise failure(status, "DeviceGetUuid", f"asking device {number} for its UUID")
+    if api.is_hip:
+        return hip.uuid_name(bytes(raw), lambda: api.deviceGetPCIBusId(number))
     digits = bytes(raw).hex()
     return f"GPU-{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"

@@ -34,10 +34,10 @@ and link errors, and what a kernel did wrong."""
 _MENDS: Mapping[int, str] = {
     OUT_OF_MEMORY: "free memory of the device or of the host",
     3: "CUDA was initialised before a fork: start processes by spawn",
-    35: "install a driver for this CUDA, or a CuPy built for the CUDA that the driver has",
+    35: "install a driver for this CUDA or ROCm, or a CuPy built for what the driver has",
     46: "the device is taken by one process alone: nvidia-smi -c DEFAULT",
-    100: "no device is visible: look at nvidia-smi and CUDA_VISIBLE_DEVICES",
-    101: "no such device is visible: look at nvidia-smi -L and CUDA_VISIBLE_DEVICES",
+    100: "no device is visible: look at nvidia-smi and CUDA_VISIBLE_DEVICES (rocminfo and HIP_VISIBLE_DEVICES)",
+    101: "no such device is visible: look at nvidia-smi -L and CUDA_VISIBLE_DEVICES (rocminfo and HIP_VISIBLE_DEVICES)",
     UNINITIALIZED: "a handle cannot be opened by the process that exported it",
     MAP_FAILED: "its exporter has ended, or both processes do not see the same device",
     OPERATING_SYSTEM: "containers have to share what IPC needs: --ipc=host, and the same pid namespace",

@@ -11,6 +11,8 @@ from lmpipe.topology import Topology
 DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/kfd"), Path("/dev/dxg"))
 """What a driver makes: NVIDIA's, AMD's, and that of Windows' Linux."""
 
+INSTALL = "pip install 'lmpipe[gpu]', or for AMD's GPUs CuPy's build for ROCm"
+
 
 class Lack(NamedTuple):
     """What is in the way of a topology's GPUs, and the mend."""
@@ -32,5 +34,5 @@ def lacking(topology: Topology, drivers: tuple[Path, ...] = DRIVERS) -> Lack | N
         todo = "install one, give the container its GPUs, or leave the devices out"
         return Lack(f"{named}, and there is no GPU driver here", todo)
     if find_spec("cupy") is None:
-        return Lack(f"{named}, and CuPy is not installed", "pip install 'lmpipe[gpu]'")
+        return Lack(f"{named}, and CuPy is not installed", INSTALL)
     return None

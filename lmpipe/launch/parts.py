@@ -17,6 +17,7 @@ from lmpipe.codecs.choice import Choice, configured
 from lmpipe.errors import DeviceError
 from lmpipe.handles import Tier
 from lmpipe.index import IndexReader, IndexWriter
+from lmpipe.launch.devices import INSTALL
 from lmpipe.shm.descriptor import SegmentKind
 from lmpipe.shm.hold import Holds, HoldScanner
 from lmpipe.shm.node import NodeWords
@@ -107,7 +108,7 @@ class Parts:
             from lmpipe.cuda.cupy_runtime import open_device  # noqa: PLC0415
             from lmpipe.cuda.readers import DeviceReaders  # noqa: PLC0415
         except ImportError as error:
-            raise DeviceError(f"engines.devices: CuPy cannot be loaded ({error}): pip install 'lmpipe[gpu]'") from None
+            raise DeviceError(f"engines.devices: CuPy cannot be loaded ({error}): {INSTALL}") from None
         runtimes = [open_device(name) for name in self._topology.engines.devices]
         return self._closing(DeviceReaders(runtimes, arena, copier, spans=self._spans))
 

@@ -6,6 +6,7 @@ import ctypes
 import importlib
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lmpipe.cuda import hip
+from lmpipe.cuda.hip import RuntimeCalls
 from lmpipe.cuda.runtime import NOT_EXPORTABLE, Runtime, Stream
 from lmpipe.errors import DeviceError, DeviceLost
 
@@ -215,11 +218,118 @@ def test_statuses_become_errors(api: Api) -> None:
         opened()
 
 
-def test_hip_has_its_own_library(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+class HipLibrary:
+    """What is asked of libamdhip64: notes what it was given, as integers."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.status = 0
+        self.id = b"0123456789abcde"
+        size, number, pointer = ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p
+        self._types: dict[str, tuple[Any, ...]] = {
+            "hipStreamCreateWithPriority": (pointer, ctypes.c_uint, number),
+            "hipIpcGetEventHandle": (pointer, pointer),
+            "hipIpcOpenEventHandle": (pointer, hip.EventHandle),
+            "hipHostRegister": (pointer, size, ctypes.c_uint),
+            "hipHostUnregister": (pointer,),
+            "hipMemcpy2DAsync": (pointer, size, pointer, size, size, size, number, pointer),
+        }
+
+    def uuid(self, raw: int, number: int) -> int:
+        """As text: a serial number's digits."""
+        text = self.id + str(number).encode() if self.id else b"XX"
+        ctypes.memmove(raw, text.ljust(16, b"\0"), 16)
+        return 0
+
+    def _noted(self, name: str, *args: Any) -> int:
+        if name == "hipIpcGetEventHandle":
+            ctypes.memset(args[0], 0x5A, 64)
+        elif name in ("hipStreamCreateWithPriority", "hipIpcOpenEventHandle"):
+            _words(args[0])[0] = 77
+        shown = (bytes(arg) if isinstance(arg, hip.EventHandle) else arg for arg in args)
+        self.calls.append((name, *shown))
+        return self.status
+
+    def __getitem__(self, name: str) -> Any:
+        if name == "hipMemGetAddressRange":
+            return Library.range_of
+        if name == "hipDeviceGetUuid":
+            return ctypes.CFUNCTYPE(ctypes.c_int, _AT, ctypes.c_int)(self.uuid)
+        if name not in self._types:
+            raise AttributeError(name)
+        return ctypes.CFUNCTYPE(ctypes.c_int, *self._types[name])(partial(self._noted, name))
+
+
+@pytest.fixture
+def library(api: Api, monkeypatch: pytest.MonkeyPatch) -> HipLibrary:
+    """CuPy's build for ROCm, which refuses what it has only stubs for."""
+    library = HipLibrary()
     monkeypatch.setattr(api, "is_hip", True, raising=False)
-    functions = {"hipMemGetAddressRange": Library.range_of, "hipDeviceGetUuid": Library.uuid}
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: functions if name == "libamdhip64.so" else None)
-    assert opened("0").allocation(0x5678)[0] == 0x5000
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: library if name == hip.LIBRARY else None)
+    for name in [name for name in vars(RuntimeCalls) if not name.startswith("_")]:
+
+        def refuse(*_: object) -> None:
+            raise CUDARuntimeError(999)
+
+        monkeypatch.setattr(api, name, refuse, raising=False)
+    return library
+
+
+def test_hip_has_its_own_library(library: HipLibrary) -> None:
+    """For what CuPy refuses there, with CUDA's constants, which are HIP's too."""
+    runtime = opened("0")
+    assert runtime.allocation(0x5678)[0] == 0x5000
+    stream, event = runtime.new_stream(urgent=True), runtime.new_event(shared=True)
+    assert (stream, event) == (77, 7)
+    assert runtime.export_event(event) == b"\x5a" * 64 and runtime.open_event(b"\xa5" * 64) == 77
+    runtime.pin(4096, 8192)
+    runtime.unpin(4096)
+    runtime.copy_rows(1, 2, 3, 4, 5, 6, stream)
+    assert [(name, *args) for name, *args in library.calls if "Ipc" not in name] == [
+        ("hipStreamCreateWithPriority", library.calls[0][1], 1, -(1 << 30)),
+        ("hipHostRegister", 4096, 8192, 1),
+        ("hipHostUnregister", 4096),
+        ("hipMemcpy2DAsync", 1, 2, 3, 4, 5, 6, 4, 77),
+    ]
+    assert [call[0] for call in library.calls if "Ipc" in call[0]] == ["hipIpcGetEventHandle", "hipIpcOpenEventHandle"]
+    assert library.calls[2][2] == b"\xa5" * 64
+    library.status = 2
+    with pytest.raises(DeviceError, match=r"pinning memory: .* 2 .*memlock"):
+        runtime.pin(4096, 8192)
+
+
+def test_copies_under_hip_are_calls_of_their_own(api: Api, library: HipLibrary) -> None:
+    runtime = opened("0")
+    api.calls.clear()
+    ones = np.ones(3, np.uint64)
+    runtime.copy(ones, ones, ones, Stream(7))
+    assert [call[0] for call in api.calls] == ["setDevice"] + ["memcpyAsync"] * 3
+
+
+def test_devices_under_hip_are_called_as_rocminfo_does(
+    api: Api, library: HipLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert opened("1").uuid == opened("GPU-0123456789ABCDE1").uuid == "GPU-0123456789abcde1"
+    library.id = b""
+    monkeypatch.setattr(api, "deviceGetPCIBusId", lambda number: f"0000:c{number}:00.0", raising=False)
+    assert [opened(number).uuid for number in "01"] == ["GPU-0000:c0:00.0", "GPU-0000:c1:00.0"]
+
+
+def test_an_old_rocm_is_refused(library: HipLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = HipLibrary()
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: old)
+    monkeypatch.delitem(old._types, "hipIpcOpenEventHandle")
+    with pytest.raises(DeviceError, match=r"libamdhip64.so has no hipIpcOpenEventHandle: install a newer"):
+        opened("0")
+
+
+def test_the_library_that_cupy_has_loaded_is_used(tmp_path: Path) -> None:
+    maps = tmp_path / "maps"
+    line = "7f00-7f01 r-xp 00000000 08:01 42                         {}\n"
+    maps.write_text(line.format("/usr/lib/libc.so.6") + line.format("/opt/rocm/lib/libamdhip64.so.7.1"))
+    assert hip.library_path(maps) == "/opt/rocm/lib/libamdhip64.so.7.1"
+    maps.write_text(line.format("/usr/lib/libc.so.6") + line.format("[heap]"))
+    assert hip.library_path(maps) == hip.LIBRARY
 
 
 def test_no_library_no_device(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:

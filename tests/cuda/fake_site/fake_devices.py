@@ -6,6 +6,7 @@ from pathlib import Path
 
 Lack = tuple[str, str]
 DRIVERS: tuple[Path, ...] = ()
+INSTALL = ""
 
 
 def lacking(_: object) -> None:
