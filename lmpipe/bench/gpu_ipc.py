@@ -1,8 +1,10 @@
-"""Saves by CUDA IPC: what gather reads pages with, of pages that another process exports.
+"""By CUDA IPC: saves, as gather reads pages that another process exports; and chunks out of another's device memory.
 
 open    the reader of 32K tokens' pages made and closed again: handles, event, stream. Done once for an engine
 save    all its chunks, pages in random order, into pinned memory, against one DMA of the same bytes between memory of
         this process on the same device and the same pinned memory
+hot     as many bytes out of that process's memory into this one's, both on the device, a chunk at a time: what a cache
+        of hot chunks there would be copied with (docs/decisions/0023); against a DMA of them from pinned memory
 
 The clock is the host's, from an idle device to an idle device; the messages and grants of a save are not inside it.
 """
@@ -22,6 +24,8 @@ from lmpipe import messages as m
 from lmpipe import native
 from lmpipe.bench.harness import Setting, rates, scaled
 from lmpipe.bench.report import Figure, Goal
+from lmpipe.cuda.copy import Copies
+from lmpipe.cuda.ipc import Allocations, close_source, plane_addresses
 from lmpipe.cuda.readers import DeviceReaders
 from lmpipe.cuda.runtime import Runtime
 from lmpipe.layout import CHUNK_TOKENS, KVLayout
@@ -50,7 +54,7 @@ def exported(layout: KVLayout, tokens: int) -> Generator[m.DeviceSource]:
 def run(
     setting: Setting, runtime: Runtime, source: m.DeviceSource, layout: KVLayout, tokens: int, own: int
 ) -> list[Figure]:
-    """Both figures.
+    """All three figures.
 
     Args:
         setting: how large.
@@ -93,14 +97,34 @@ def run(
         runtime.finish(stream)
         return time.perf_counter() - began
 
+    def load() -> float:
+        began = time.perf_counter()
+        runtime.copy(starts + np.uint64(own), starts + np.uint64(address), sizes, stream)
+        runtime.finish(stream)
+        return time.perf_counter() - began
+
+    def hot() -> float:
+        began = time.perf_counter()
+        runtime.copy(chunks.dst, chunks.src, chunks.nbytes, stream)
+        runtime.finish(stream)
+        return time.perf_counter() - began
+
     opens = [opened() for _ in range(setting.warm_ups + setting.runs)][setting.warm_ups :]
     reader = readers.open(source, lambda: True)
     name = f"save by IPC, {tokens} tokens"
     values, limits = setting.alternate(name, save, dma)
     reader.close()
+    allocations = Allocations(runtime)
+    planes = plane_addresses(source, allocations)
+    each = source.page_bytes * np.uint64(source.pages)
+    chunks = Copies(np.cumsum(each) - each + np.uint64(own), planes, each).cut(own, chunk_bytes)
+    hot_name = f"chunks out of device memory by IPC, {tokens} tokens"
+    hot_values, loads = setting.alternate(hot_name, hot, load)
+    close_source(source, allocations)
     runtime.free_stream(stream)
     readers.close()
     return [
         Figure.of("pages opened by IPC", scaled(opens, 1e3), "ms"),
         Figure.of(name, rates(nbytes, values), "GB/s", limits=rates(nbytes, limits), goal=SAVED),
+        Figure.of(hot_name, rates(nbytes, hot_values), "GB/s", limits=rates(nbytes, loads)),
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from fake_runtime import FakeRuntime
@@ -12,7 +13,7 @@ from fake_runtime import FakeRuntime
 from lmpipe.bench import gpu, gpu_ipc, gpu_model, gpu_transfers
 from lmpipe.bench.gpu_device import Device, Work, checksum
 from lmpipe.bench.gpu_llama import LLAMA_8B, TINY, Llama
-from lmpipe.bench.harness import Setting
+from lmpipe.bench.harness import Measured, Setting
 from lmpipe.bench.report import Figure
 from lmpipe.cuda.ipc import ExportedPages
 from lmpipe.handles import Codec
@@ -74,8 +75,16 @@ def test_kernels_and_transfers(machine: Device, setting: Setting, monkeypatch: p
     assert names(figures) == wanted
 
 
-def test_saves_by_ipc(setting: Setting, tmp_path: Path) -> None:
+def test_by_ipc(setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fake device in two processes, of which this test is both."""
+    in_turns = Setting.alternate
+
+    def figure_last(self: Setting, name: str, figure: Measured, limit: Measured) -> tuple[list[float], list[float]]:
+        found = in_turns(self, name, figure, limit)
+        figure()  # what it copied is there to be looked at
+        return found
+
+    monkeypatch.setattr(Setting, "alternate", figure_last)
     layout = gpu_transfers.layout_of(setting)
     engine, gather = FakeRuntime(tmp_path), FakeRuntime(tmp_path)
     nbytes, pages = layout.chunk_bytes(TOKENS), TOKENS // layout.page_tokens
@@ -85,9 +94,12 @@ def test_saves_by_ipc(setting: Setting, tmp_path: Path) -> None:
     stream = engine.new_stream(urgent=True)
     exported.mark(stream)
     engine.finish(stream)
+    engine.view(base, nbytes)[:] = np.random.default_rng(0).integers(0, 255, nbytes, np.uint8)
     figures = gpu_ipc.run(setting, gather, exported.source, layout, TOKENS, own)
-    assert names(figures) == {"pages opened by IPC", "save by IPC, 512 tokens"}
-    assert gather.opens == setting.warm_ups + setting.runs + 1 and gather.pageable == 0
+    wanted = {"pages opened by IPC", "save by IPC, 512 tokens", "chunks out of device memory by IPC, 512 tokens"}
+    assert names(figures) == wanted
+    assert gather.opens == setting.warm_ups + setting.runs + 2 and gather.pageable == 0 and not gather.open_now
+    assert (gather.view(own, nbytes) == engine.view(base, nbytes)).all()
 
 
 def test_codecs(machine: Device, setting: Setting) -> None:
