@@ -12,7 +12,7 @@ VLLM_PIP := $(VLLM_BIN)/python -m pip install --quiet
 VLLM_LIST := tests/vllm/requirements.txt
 VLLM_PINS := tests/vllm/constraints.txt
 
-.PHONY: setup setup-vllm demo test chaos test-gpu test-vllm lint types contract native model walk fuzz clean
+.PHONY: setup setup-vllm demo test chaos test-gpu sanitize-gpu test-vllm lint types contract native model walk fuzz clean
 
 setup: $(STAMP)
 
@@ -54,6 +54,16 @@ chaos: setup
 # Kernels and IPC on a GPU; skipped where torch sees none. CuPy has to be there for IPC: pip install "lmpipe[gpu]".
 test-gpu: setup
 	$(BIN)/python -m pytest --gpu tests/cuda
+
+# The same under compute-sanitizer, of the CUDA toolkit: memory errors, then races in shared memory. Every tensor has an
+# allocation of its own there, so that an access beyond it is seen. Calls that tests expect to fail are not reported.
+SANITIZER := compute-sanitizer --target-processes all --report-api-errors no --error-exitcode 86
+sanitize-gpu: setup
+	@command -v compute-sanitizer || { echo "compute-sanitizer is not here; it comes with the CUDA toolkit" >&2; exit 1; }
+	for tool in memcheck racecheck; do \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool \
+			$(BIN)/python -m pytest --gpu --timeout 3600 tests/cuda || exit $$?; \
+	done
 
 # vLLM and what it imports warn of much, and starting an engine takes its time.
 test-vllm: setup-vllm
