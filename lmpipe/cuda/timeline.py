@@ -23,7 +23,7 @@ from lmpipe.cuda.runtime import Runtime, Stream
 from lmpipe.errors import LmpipeError
 from lmpipe.spans import Spans
 
-MAX_PENDING = 1 << 12
+MAX_PENDING = 1 << 14
 """Pieces of work whose time is not known yet; what comes beyond is dropped, and counted."""
 EXACT_NS = 50_000
 """A reference that was seen so soon is good enough."""

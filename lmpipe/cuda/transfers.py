@@ -40,7 +40,7 @@ class Transfers:
             programs: of each kernel.
             lanes: makes a lane of a device and a priority.
             spans: takes the time in which transfers are launched, with their raw bytes, and into a trace when the
-                device did them; nvtx ranges alone by default.
+                device did them (then not flushed while a CUDA graph is captured); nvtx ranges alone by default.
 
         Raises:
             ValueError: a piece does not fit the buffer.
