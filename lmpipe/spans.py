@@ -16,6 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,8 +44,9 @@ class Spans:
         self._attributes: dict[str, Any] = {}
         self._file = trace.open("ab") if trace else None
         self._events: deque[tuple[str, int, int, int, int, int]] = deque()
-        self._tracks: list[str] = []
-        self._named = 0
+        self._numbers = count(FIRST_TRACK)
+        self._tracks: deque[tuple[int, str]] = deque()
+        """Whose names are not written yet."""
         self._late: list[Callable[[], object]] = []
         self._pid = os.getpid()
         self._bytes = self._file.tell() if self._file else 0
@@ -81,11 +83,12 @@ class Spans:
 
     def track(self, name: str) -> int:
         """A row of the trace for events that are of no thread. Those on it must not overlap."""
-        self._tracks.append(name)
-        return FIRST_TRACK + len(self._tracks) - 1
+        number = next(self._numbers)
+        self._tracks.append((number, name))
+        return number
 
     def ask(self, late: Callable[[], object]) -> None:
-        """At every `flush` from now on `late` is called, to `add` what it has learnt; it must not wait."""
+        """At every `flush` from now on `late` is called, to `add` what it has learnt; it may take milliseconds, no more."""
         self._late.append(late)
 
     def ask_no_more(self, late: Callable[[], object]) -> None:
@@ -99,10 +102,10 @@ class Spans:
         for late in tuple(self._late):
             late()
         lines: list[bytes] = []
-        for number, name in enumerate(self._tracks[self._named :], FIRST_TRACK + self._named):
+        while self._tracks:
+            number, name = self._tracks.popleft()
             named = {"ph": "M", "name": "thread_name", "pid": self._pid, "tid": number, "args": {"name": name}}
             lines.append(orjson.dumps(named))
-        self._named += len(lines)
         for _ in range(len(self._events)):
             name, begin_ns, end_ns, tid, nbytes, chunks = self._events.popleft()
             event = {

@@ -179,7 +179,7 @@ class Timeline:
                 now_ns = time.monotonic_ns()
             now_ns = time.monotonic_ns()
             found = _Reference(mark, (before_ns + now_ns) // 2, now_ns - before_ns)
-            if found.window_ns > PATIENCE_NS or (best is not None and best.window_ns <= found.window_ns):
+            if found.window_ns >= PATIENCE_NS or (best is not None and best.window_ns <= found.window_ns):
                 mark.free()
                 continue
             if best is not None:
