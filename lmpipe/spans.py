@@ -88,7 +88,7 @@ class Spans:
         return number
 
     def ask(self, late: Callable[[], object]) -> None:
-        """At every `flush` from now on `late` is called, to `add` what it has learnt; it may take milliseconds, no more."""
+        """At every `flush` from now on `late` is called, to `add` what it has learnt; it may take milliseconds."""
         self._late.append(late)
 
     def ask_no_more(self, late: Callable[[], object]) -> None:
