@@ -170,7 +170,8 @@ def _wait(flames: FlameGraphs, seconds: float, say: Say) -> None:
 
 def _result(node: Node, traces: Sequence[Path], flames: FlameGraphs, seconds: float, out: Path) -> Profile:
     time.sleep(1.5 * node.topology.heartbeat_ms / 1000)  # workers write their spans once a heartbeat
-    paths = [*(node.paths.trace(process.name) for process in node.topology.processes), *traces]
+    workers = [node.paths.trace(process.name) for process in node.topology.processes]
+    paths = [*workers, *node.paths.engine_traces(), *traces]
     events = [event for path in paths if path.exists() for event in read_trace(path)]
     target = out / "trace.json"
     target.write_bytes(orjson.dumps({"traceEvents": one_time_line(events), "displayTimeUnit": "ms"}))

@@ -103,6 +103,14 @@ class RunDir:
         """A worker's Chrome trace, when the topology asks for one."""
         return self.logs / f"{process}.trace.json"
 
+    def engine_trace(self, pid: int) -> Path:
+        """The Chrome trace of an engine's process, when the topology asks for traces."""
+        return self.trace(f"engine-{pid}")
+
+    def engine_traces(self) -> list[Path]:
+        """Those that there are."""
+        return sorted(self.logs.glob("engine-*.trace.json"))
+
     @property
     def ups(self) -> Path:
         """Parent of the state files."""

@@ -180,7 +180,9 @@ class Metrics(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`trace`: each worker writes a Chrome trace beside its log."""
+    """`trace`: each worker writes a Chrome trace beside its log, and so does an engine's process that moves its KV on a
+    GPU by itself.
+    """
 
     trace: bool = False
 

@@ -26,6 +26,7 @@ import orjson
 
 MAX_EVENTS = 1 << 16
 MAX_FILE_BYTES = 1 << 28
+FLUSH_S = 0.5
 FIRST_TRACK = 1 << 30
 """Tracks have numbers from here on, where no thread's id is."""
 PAYLOAD = np.dtype([("bytes", "<u8"), ("chunks", "<u8")])
@@ -135,6 +136,29 @@ class Spans:
         if self._file:
             self._file.close()
             self._file = None
+
+
+class FlushedSpans(Spans):
+    """Of a process that has no loop to flush them in: a thread does, as long as a trace is written."""
+
+    def __init__(self, process: str, trace: Path | None = None, every_s: float = FLUSH_S) -> None:
+        super().__init__(process, trace)
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+        if trace is not None:
+            self._thread = threading.Thread(target=self._run, args=(every_s,), name="lmpipe-trace", daemon=True)
+            self._thread.start()
+
+    def _run(self, every_s: float) -> None:
+        while not self._over.wait(every_s):
+            self.flush()
+
+    def close(self) -> None:
+        """End the thread, write the rest and close the file."""
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join()
+        super().close()
 
 
 class Span:

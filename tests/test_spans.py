@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from pathlib import Path
 from typing import Any
 
 import nvtx
@@ -46,3 +48,20 @@ def test_nobody_watches() -> None:
     assert not unwatched.watched
     with unwatched.span("gather.copy", 4096, 3):
         pass
+
+
+def test_spans_of_a_process_without_a_loop_are_flushed(tmp_path: Path) -> None:
+    """By a thread, which ends with them; what is known late is asked for each time."""
+    path, asked = tmp_path / "trace.json", threading.Event()
+    flushed = spans.FlushedSpans("engine", path, every_s=0.001)
+    flushed.ask(asked.set)
+    with flushed.span("engine.load", 4096, 1):
+        pass
+    assert asked.wait(10)
+    flushed.ask_no_more(asked.set)
+    flushed.close()
+    assert [event["name"] for event in spans.read_trace(path)] == ["process_name", "engine.load"]
+    assert "lmpipe-trace" not in {thread.name for thread in threading.enumerate()}
+    unrecorded = spans.FlushedSpans("engine")
+    assert "lmpipe-trace" not in {thread.name for thread in threading.enumerate()}
+    unrecorded.close()

@@ -13,7 +13,6 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-import time
 from collections.abc import Sequence
 from functools import partial
 from importlib.util import find_spec
@@ -24,7 +23,7 @@ import numpy as np
 from lmpipe.bench.load_pages import PagesOf, host_pages
 from lmpipe.layout import KVLayout
 from lmpipe.producer import Producer
-from lmpipe.spans import Spans
+from lmpipe.spans import FlushedSpans
 from lmpipe.topology import NodeInfo
 
 LAYOUT = KVLayout.paged(4, 8, 64, "bfloat16", 16)
@@ -32,7 +31,6 @@ CHUNKS = 16
 PROMPTS = (4, 256)
 READY_S = 30.0
 COPIED_S = 10.0
-FLUSH_S = 0.5
 PAUSE_S = 0.002
 """A breath between requests: an engine computes there."""
 
@@ -57,7 +55,7 @@ def serve(run_dir: Path, trace: Path, stopped: threading.Event, pages_of: PagesO
     """One request after the other; the exit status."""
     topology = NodeInfo.read(run_dir).topology
     made = pages_of or pages_for(topology.engines.devices)
-    chunk_pages, spans = LAYOUT.chunk_pages(topology.chunk_tokens), Spans("engine", trace)
+    chunk_pages, spans = LAYOUT.chunk_pages(topology.chunk_tokens), FlushedSpans("engine", trace)
     with (
         made(LAYOUT, CHUNKS * chunk_pages, spans) as pages,
         Producer(run_dir, LAYOUT, model="load", name="load", wait_s=READY_S, pages=pages.source) as producer,
@@ -73,7 +71,6 @@ def serve(run_dir: Path, trace: Path, stopped: threading.Event, pages_of: PagesO
         texts[count // 2 :, : tokens // 2] = texts[: count - count // 2, : tokens // 2]
         prompts = [producer.prompt(text) for text in texts]
         page_ids = random.permutation(CHUNKS * chunk_pages).astype(np.int32).reshape(CHUNKS, chunk_pages)
-        flushed_s = 0.0
         while not stopped.wait(PAUSE_S):
             prompt = prompts[int(count * random.random() ** 3)]
             with spans.span("engine.request", CHUNKS * producer.chunk_bytes, CHUNKS):
@@ -86,9 +83,6 @@ def serve(run_dir: Path, trace: Path, stopped: threading.Event, pages_of: PagesO
                     ticket = producer.save(prompt, pages.saves, page_ids[loaded.chunks :], first_chunk=loaded.chunks)
                 with spans.span("engine.copied"):
                     ticket.copied.wait(COPIED_S)
-            if time.monotonic() > flushed_s + FLUSH_S:
-                flushed_s = time.monotonic()
-                spans.flush()
         producer.flush(timeout_s=COPIED_S)
     spans.close()
     return 0

@@ -10,6 +10,8 @@ event in it, and a load returns when they are over.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 
@@ -19,6 +21,7 @@ from lmpipe.cuda.pages import DevicePages
 from lmpipe.cuda.pool import DevicePool
 from lmpipe.cuda.runtime import Runtime
 from lmpipe.cuda.transfers import Transfers
+from lmpipe.engines.tracing import engine_spans
 from lmpipe.engines.transformers_cache import CacheShape, Layers
 from lmpipe.layout import KVLayout
 
@@ -26,8 +29,9 @@ from lmpipe.layout import KVLayout
 class Device:
     """What all producers of a model share."""
 
-    def __init__(self, shape: CacheShape) -> None:
+    def __init__(self, shape: CacheShape, run_dir: Path) -> None:
         """`shape.devices`: all the same one. Of the host's memory, where Triton interprets, nothing is pinned.
+        `run_dir`: of the node, for what it wants traced.
 
         Raises:
             ImportError: CuPy is absent.
@@ -37,7 +41,8 @@ class Device:
         self._layout = shape.layout()
         self._device = shape.devices[0]
         self._runtime = _runtime(self._device)
-        self._transfers = Transfers(self._device)
+        self._spans = engine_spans(run_dir)
+        self._transfers = Transfers(self._device, spans=self._spans)
 
     def memory(self) -> DeviceMemory:
         """For one more producer."""
@@ -47,6 +52,7 @@ class Device:
     def close(self) -> None:
         """Give the staging memory back. All memories are closed."""
         self._transfers.close()
+        self._spans.close()
 
 
 def _runtime(device: torch.device) -> Runtime | None:

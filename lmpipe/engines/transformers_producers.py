@@ -131,7 +131,7 @@ class ProducerSet:
             try:
                 kv.require_text_decoder(self._model)
                 identity, shape = ModelIdentity(self._model, self._options.name), kv.probe(self._model)
-                self._inspected = _Inspected(identity, shape, _device_of(shape, self._kernel_devices))
+                self._inspected = _Inspected(identity, shape, _device_of(shape, self._kernel_devices, self._run_dir))
             except UnsupportedError as error:
                 self._unsupported = str(error)
                 raise
@@ -165,7 +165,7 @@ class ProducerSet:
             self._closed_counts.update(opened.producer.stats())
 
 
-def _device_of(shape: kv.CacheShape, kernel_devices: frozenset[str]) -> _Device | None:
+def _device_of(shape: kv.CacheShape, kernel_devices: frozenset[str], run_dir: Path) -> _Device | None:
     """The one device on which all KV lies, if kernels can be run there. Why not is said."""
     devices = dict.fromkeys(shape.devices)
     names = ", ".join(map(str, devices))
@@ -175,7 +175,7 @@ def _device_of(shape: kv.CacheShape, kernel_devices: frozenset[str]) -> _Device 
             # Needs Triton and CuPy, which nobody has to have without a GPU.
             from lmpipe.engines.transformers_device import Device  # noqa: PLC0415
 
-            return Device(shape)
+            return Device(shape, run_dir)
         except (ImportError, DeviceError, DeviceLost) as error:
             why = f"{error}; pip install 'lmpipe[gpu]'" if isinstance(error, ImportError) else str(error)
     else:

@@ -239,14 +239,13 @@ def test_load_tensors_lie_on_the_device(model: Any, attached: TransformersAttach
 
 
 def test_what_kernels_cannot_do_goes_through_the_host(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    caplog: pytest.LogCaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def said(*devices: str) -> str:
         caplog.clear()
+        shape = CacheShape(1, 8, torch.float32, tuple(map(torch.device, devices)))
         with caplog.at_level(logging.WARNING):
-            assert (
-                _device_of(CacheShape(1, 8, torch.float32, tuple(map(torch.device, devices))), KERNEL_DEVICES) is None
-            )
+            assert _device_of(shape, KERNEL_DEVICES, tmp_path) is None
         return caplog.text
 
     assert not said("cpu", "cpu")
