@@ -20,7 +20,7 @@ def engine_spans(run_dir: Path) -> FlushedSpans:
     try:
         node = NodeInfo.read(run_dir)
         if node.topology.profile.trace:
-            return FlushedSpans("engine", node.paths.engine_trace(os.getpid()))
+            return FlushedSpans(f"engine {os.getpid()}", node.paths.engine_trace(os.getpid()))
     except NodeError:
         pass  # it is not up
     except OSError as error:
