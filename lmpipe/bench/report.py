@@ -143,7 +143,8 @@ def machine() -> str:
         if line.startswith("model name"):
             cpu = line.partition(":")[2].strip()
             break
-    gpu = "NVIDIA GPU" if Path("/proc/driver/nvidia/version").exists() else "no GPU"
+    drivers = {"NVIDIA GPU": Path("/proc/driver/nvidia/version"), "AMD GPU": Path("/dev/kfd")}
+    gpu = next((name for name, path in drivers.items() if path.exists()), "no GPU")
     cores, system, python = os.cpu_count(), platform.release(), platform.python_version()
     return f"{cores} x {cpu}, {memory} GiB, {gpu}, Linux {system}, Python {python}"
 
