@@ -180,11 +180,10 @@ class Metrics(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`trace`: each worker writes a Chrome trace beside its log, and so does an engine's process that moves its KV on a
-    GPU by itself.
-    """
+    """`trace`: each worker writes a Chrome trace beside its log."""
 
     trace: bool = False
+    """So does an engine's process that itself moves its KV on a GPU."""
 
 
 class Topology(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
