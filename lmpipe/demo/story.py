@@ -114,7 +114,7 @@ class Story:
             engine.flush([], [])
         self.report.rows += [cold, warm]
         self._say("waiting until all of it is on SSD and in the remote tier")
-        engine.flush([one.request.tokens for one in self._lasts()], BELOW_DRAM)
+        engine.flush(self._lasts_tokens(), BELOW_DRAM)
 
     def _second_engine(self, node: DemoNode, engine: EngineProcess) -> None:
         """Another process finds what the first one left, and the controls."""
@@ -140,6 +140,7 @@ class Story:
             if tier == "remote":
                 node.remove_ssd()
             self._back(node, engine)
+            engine.flush(self._lasts_tokens(), [tier])  # a node is ready before it has listed what it stores
             self._row(f"{label}, after kill", engine, self._lasts(), tier)
 
     def _back(self, node: DemoNode, engine: EngineProcess) -> None:
@@ -151,6 +152,9 @@ class Story:
     def _lasts(self) -> list[Reference]:
         """The longest request of each document and of the conversation."""
         return [reference for reference in self._references if reference.request.last]
+
+    def _lasts_tokens(self) -> list[list[int]]:
+        return [reference.request.tokens for reference in self._lasts()]
 
     def _row(self, label: str, engine: EngineProcess, references: Iterable[Reference], tier: str) -> None:
         samples = [self._again(engine, reference, label) for reference in references]
