@@ -1,4 +1,4 @@
-"""The arena of one producer, pinned for the engine's device from its first use on, and not under a copy unpinned.
+"""The arena of one producer, pinned for the engine's device from its first use on, and not unpinned under a copy.
 
 Pools of any pages share it. What is not pinned yet is copied all the same, slower.
 """
@@ -29,12 +29,11 @@ class PinnedArena:
 
     @contextmanager
     def use(self, region: native.Region) -> Generator[None]:
-        """Within it copies may go from and to this arena. Another one waits until nobody copies from or to this one:
-        memory is not unpinned under a copy.
+        """Within it copies may go from and to this arena. It is pinned in place of the one before when nobody copies:
+        memory is not unpinned under a copy, and nobody waits, for who waits may be who copies.
         """
         with self._changed:
-            self._changed.wait_for(lambda: region is self._region or not self._users)
-            if region is not self._region:
+            if region is not self._region and not self._users:
                 self._pin(region)
             self._users += 1
         try:
@@ -46,9 +45,11 @@ class PinnedArena:
 
     def is_one_memory(self, slot: memoryview) -> bool:
         """Whether the driver knows all of a slot as one memory, or none of it; no copy may cross the border of two."""
-        if self._pinned is None:
+        if self._pinned is None or self._region is None:
             return True
         start = np.frombuffer(slot, np.uint8).ctypes.data - self._pinned.address
+        if not 0 <= start < self._region.nbytes:
+            return True
         return start // self._piece_bytes == (start + len(slot) - 1) // self._piece_bytes
 
     def close(self) -> None:
