@@ -14,6 +14,7 @@ from test_cuda_node import DRAM_ONLY, TOKENS
 from lmpipe import KVLayout
 from lmpipe.engines.vllm.device import DeviceMemory, device_memory
 from lmpipe.producer import Producer
+from lmpipe.spans import read_trace
 from lmpipe.testing import Node
 
 LAYERS, BLOCKS, BLOCK, HEADS, DIM = 3, 16, 16, 2, 32
@@ -53,8 +54,8 @@ class Cache:
 
 def test_this_process_copies(device: torch.device) -> None:
     cache = Cache(device)
-    memory = DeviceMemory(cache.views, None)
-    with Node(DRAM_ONLY) as node:
+    with Node({**DRAM_ONLY, "profile": {"trace": True}}) as node:
+        memory = DeviceMemory(cache.views, node.run_dir, None)
         producer = Producer(node.run_dir, LAYOUT, model="test", wait_s=30)
         pool = memory.pool(cache.pages)
         computed, prompt = cache.compute(1), producer.prompt(np.arange(2 * TOKENS))
@@ -62,6 +63,8 @@ def test_this_process_copies(device: torch.device) -> None:
         assert cache.comes_back(producer, pool, prompt, computed)
         producer.close()
         memory.close()
+        (trace,) = node.paths.engine_traces()
+        assert {"gpu.save", "gpu.load"} <= {event["name"] for event in read_trace(trace)}
 
 
 def test_gather_copies_from_a_card(device: torch.device, tmp_path: Path) -> None:
@@ -69,7 +72,7 @@ def test_gather_copies_from_a_card(device: torch.device, tmp_path: Path) -> None
     if device.type != "cuda":
         pytest.skip("no GPU: tests/vllm has a fake one")
     cache = Cache(device)
-    memory = device_memory(cache.views)
+    memory = device_memory(cache.views, tmp_path)
     assert memory is not None
     with Node({**DRAM_ONLY, "engines": {"devices": [0]}}) as node:
         source = memory.source(cache.pages)
@@ -88,4 +91,4 @@ def test_gather_copies_from_a_card(device: torch.device, tmp_path: Path) -> None
 
 
 def test_pages_of_the_host_need_none_of_it() -> None:
-    assert device_memory({"layer": torch.empty(1)}) is None
+    assert device_memory({"layer": torch.empty(1)}, Path()) is None

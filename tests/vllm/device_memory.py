@@ -10,6 +10,7 @@ import ctypes
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -131,7 +132,7 @@ class Deferred(DeviceMemory):
     """What the worker takes for the memory of a GPU without CuPy."""
 
     def __init__(self, caches: Mapping[str, torch.Tensor], log: list[tuple[str, object]], *runtime: Any) -> None:
-        super().__init__(caches, *runtime)
+        super().__init__(caches, Path(), *runtime)
         self.log = log
 
     def pool(self, pages: GroupPages) -> Any:

@@ -38,7 +38,7 @@ def log() -> Log:
 def engine(node: Node, llama: Path, log: Log) -> Iterator[Engine]:
     """This process copies saves; few blocks, so that they are soon used again."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker_module, "device_memory", lambda caches: Deferred(caches, log, None))
+        patch.setattr(worker_module, "device_memory", lambda caches, _: Deferred(caches, log, None))
         patch.setattr(LMPipeConnector, "save_kv_layer", lambda _, name, *__, **___: log.append(("attention", name)))
         settings = connector(node, pages="private", free_deadline_ms=300)
         with Engine(llama, settings, num_gpu_blocks_override=61, max_model_len=1024) as engine:

@@ -70,7 +70,7 @@ def engine_on(directory: Path, node: Node, llama: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(
         worker_module, "SharedPages", lambda _: OnDevice(runtime, exportable=kind.get("exportable", True))
     )
-    monkeypatch.setattr(worker_module, "device_memory", lambda caches: FakeMemory(caches, runtime))
+    monkeypatch.setattr(worker_module, "device_memory", lambda caches, _: FakeMemory(caches, runtime))
     settings = connector(node, free_deadline_ms=300)
     return Engine(llama, settings, num_gpu_blocks_override=31, max_model_len=512)
 
@@ -143,7 +143,7 @@ def test_without_cupy_it_is_said_what_to_install(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "cupy", None)
-    memory = DeviceMemory.of({"layer": torch.empty(1)})
+    memory = DeviceMemory.of({"layer": torch.empty(1)}, Path())
     assert memory.source(None) is None and memory.source(None) is None  # pyright: ignore[reportArgumentType]
     assert len(caplog.messages) == 1 and "pip install 'lmpipe[gpu]'" in caplog.messages[0]
     memory.close()

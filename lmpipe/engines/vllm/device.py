@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,25 +34,29 @@ class DeviceMemory:
     base = 0
     """Offsets of pages are addresses."""
 
-    def __init__(self, caches: Mapping[str, torch.Tensor], runtime: Runtime | None, lack: str = "") -> None:
-        """`runtime`: of the device, to export pages and pin the arena with; None for the reason `lack`."""
-        self._caches = list(caches.values())
+    def __init__(
+        self, caches: Mapping[str, torch.Tensor], run_dir: Path, runtime: Runtime | None, lack: str = ""
+    ) -> None:
+        """`run_dir`: of the node. `runtime`: of the device, to export pages and pin the arena with; None for the reason
+        `lack`.
+        """
+        self._caches, self._run_dir = list(caches.values()), run_dir
         self._runtime, self._lack = runtime, lack
         self._said: set[str] = set()
         self._exported: list[ExportedPages] = []
         self._kernels: Kernels | None = None
 
     @classmethod
-    def of(cls, caches: Mapping[str, torch.Tensor]) -> DeviceMemory:
+    def of(cls, caches: Mapping[str, torch.Tensor], run_dir: Path) -> DeviceMemory:
         """By CuPy; without it nothing is exported, and the arena is not pinned."""
         try:
             from lmpipe.cuda.cupy_runtime import open_device  # noqa: PLC0415  only where there is a GPU
         except ImportError as error:
-            return cls(caches, None, f"{error}: {INSTALL}")
+            return cls(caches, run_dir, None, f"{error}: {INSTALL}")
         try:
-            return cls(caches, open_device(str(next(iter(caches.values())).device.index)))
+            return cls(caches, run_dir, open_device(str(next(iter(caches.values())).device.index)))
         except DeviceError as error:
-            return cls(caches, None, str(error))
+            return cls(caches, run_dir, None, str(error))
 
     def pool(self, pages: GroupPages) -> ForeignPool:
         """For the copies that this process makes.
@@ -64,7 +69,7 @@ class DeviceMemory:
                 from lmpipe.engines.vllm.kernels import Kernels  # noqa: PLC0415  only where there is a GPU
             except ImportError as error:
                 raise UnsupportedError(f"KV on a GPU is copied by Triton's kernels, and {error}: {INSTALL}") from error
-            self._kernels = Kernels(self._caches, self._runtime)
+            self._kernels = Kernels(self._caches, self._runtime, self._run_dir)
         return self._kernels.pool(pages)
 
     def source(self, pages: GroupPages) -> DeviceSource | None:
@@ -105,6 +110,6 @@ class DeviceMemory:
         self._exported.clear()
 
 
-def device_memory(caches: Mapping[str, torch.Tensor]) -> DeviceMemory | None:
-    """None: they are in memory of the host."""
-    return None if next(iter(caches.values())).device.type == "cpu" else DeviceMemory.of(caches)
+def device_memory(caches: Mapping[str, torch.Tensor], run_dir: Path) -> DeviceMemory | None:
+    """None: they are in memory of the host. `run_dir`: of the node."""
+    return None if next(iter(caches.values())).device.type == "cpu" else DeviceMemory.of(caches, run_dir)

@@ -5,6 +5,7 @@ beside the engine's. Imported only where there is such a KV cache.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +17,7 @@ from lmpipe.cuda.pages import DevicePages
 from lmpipe.cuda.pool import DevicePool
 from lmpipe.cuda.runtime import Runtime
 from lmpipe.cuda.transfers import Transfers
+from lmpipe.engines.tracing import engine_spans
 
 if TYPE_CHECKING:  # it imports vLLM, which this does not need
     from lmpipe.engines.vllm.geometry import GroupPages
@@ -24,10 +26,13 @@ if TYPE_CHECKING:  # it imports vLLM, which this does not need
 class Kernels:
     """What all cache groups of one rank share."""
 
-    def __init__(self, caches: Sequence[torch.Tensor], runtime: Runtime | None) -> None:
-        """`caches`: what the pages lie in. `runtime`: to pin the arena with; None leaves it alone, and is slower."""
+    def __init__(self, caches: Sequence[torch.Tensor], runtime: Runtime | None, run_dir: Path) -> None:
+        """`caches`: what the pages lie in. `runtime`: to pin the arena with; None leaves it alone, and is slower.
+        `run_dir`: of the node, for what it wants traced.
+        """
         self._caches, self._runtime = caches, runtime
-        self._transfers = Transfers(caches[0].device)
+        self._spans = engine_spans(run_dir)
+        self._transfers = Transfers(caches[0].device, spans=self._spans)
         self._arenas: list[PinnedArena] = []
 
     def pool(self, pages: GroupPages) -> EnginePages:
@@ -40,5 +45,6 @@ class Kernels:
     def close(self) -> None:
         """Wait for copies, unpin the arena. No other begins."""
         self._transfers.close()
+        self._spans.close()
         for arena in self._arenas:
             arena.close()

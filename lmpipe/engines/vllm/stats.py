@@ -34,6 +34,9 @@ COUNTERS = {
     **{f"hit_chunks_{tier}": f"Chunks loaded from {tier}." for tier in Tier},
 }
 
+TIMED_BYTES = "timed_bytes"
+"""Of loads whose seconds are known: one that goes layer by layer is waited for by nobody alone. For the rate only."""
+
 
 class LmpipeStats(KVConnectorStats):
     """Sums of one interval."""
@@ -52,7 +55,7 @@ class LmpipeStats(KVConnectorStats):
         """For vLLM's log."""
         shown: dict[str, int | float] = {name: round(self.data[name], 3) for name in COUNTERS if self.data.get(name)}
         if self.data.get("load_seconds"):
-            shown["load_GB_per_s"] = round(self.data.get("loaded_bytes", 0) / self.data["load_seconds"] / 1e9, 2)
+            shown["load_GB_per_s"] = round(self.data.get(TIMED_BYTES, 0) / self.data["load_seconds"] / 1e9, 2)
         return shown
 
     def is_empty(self) -> bool:
@@ -90,13 +93,14 @@ class Tally:
         self._counts: Counter[str] = Counter()
 
     def add(self, **amounts: int | float) -> None:
-        """Add to counters; each is one of `COUNTERS`."""
+        """Add to counters, each one of `COUNTERS`, or `TIMED_BYTES`."""
         for name, amount in amounts.items():
             self._counts[name] += amount  # pyright: ignore[reportArgumentType]  seconds are floats
 
     def loaded(self, result: LoadResult, wanted_chunks: int) -> None:
         """One load has ended."""
         self.add(loads=1, loaded_bytes=result.nbytes, load_seconds=result.seconds)
+        self.add(**{TIMED_BYTES: result.nbytes if result.seconds else 0})
         self.add(load_failed_chunks=wanted_chunks - result.chunks)
         self.add(**{f"hit_chunks_{tier}": chunks for tier, chunks in result.by_tier.items()})
 

@@ -114,7 +114,7 @@ class Worker:
         Raises:
             UnsupportedError: a model whose KV lmpipe cannot keep rightly.
         """
-        self._device = device_memory(caches)
+        self._device = device_memory(caches, self._settings.run_dir)
         memory = self._device or HostMemory(caches, self._shared_pages)
         backends = self._backends() if self._device is not None else set[str]()
         groups = groups_of(self._cache, caches, memory.base, self._isa(backends), backends)
